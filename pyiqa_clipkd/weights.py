@@ -1,0 +1,178 @@
+"""Weight files: read without running code in them, write, hash, and find by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyiqa_clipkd.names import SUFFIX, weights_folder
+
+BUNDLED_FOLDER = Path(__file__).parent / 'bundled'
+
+# Key of our JSON text among the metadata of a safetensors file, and the key under which
+# a network keeps its own description in a state dict (a uint8 tensor of JSON text).
+METADATA_KEY = 'pyiqa_clipkd'
+CONFIG_KEY = '_extra_state'
+
+# Where training loops of this field put the tensors inside a checkpoint.
+WRAPPERS = ('params', 'params_ema', 'state_dict', 'model')
+
+
+class Weights(NamedTuple):
+    """The content of a weight file.
+
+    Attributes:
+        tensors: name -> tensor, on the CPU.
+        metadata: what the file says of itself: `config` (how to build the network) and,
+            in published files, `card` (data, results, licence). Empty if it says nothing.
+        torchscript: the file was a TorchScript archive (OpenAI's form of CLIP).
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    torchscript: bool = False
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open('rb') as file:
+        start = file.read(9)
+    size = int.from_bytes(start[:8], 'little')
+    return start[8:] == b'{' and 2 <= size <= path.stat().st_size - 8
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith('/constants.pkl') for name in archive.namelist())
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import safe_open
+
+    with safe_open(path, framework='pt') as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = (file.metadata() or {}).get(METADATA_KEY, '{}')
+    return Weights(tensors, json.loads(text))
+
+
+def _read_torch(path: Path) -> Weights:
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f'{path} is refused: it holds more than tensors and plain values, and '
+            'loading it could run code. Save its state dict alone, or as safetensors.'
+        ) from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping):
+        raise ValueError(f'{path} holds no state dict, but {type(content).__name__}.')
+    tensors = {
+        str(name).removeprefix('module.'): value
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+    return Weights(tensors, {})
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a weight file. Nothing in it is ever executed as Python code.
+
+    Args:
+        path: safetensors, a PyTorch file of tensors and plain values (a state dict or a
+            training checkpoint around one), or a TorchScript archive.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, no weight file, or would need unpickling.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no weight file {path}.')
+    try:
+        if _is_safetensors(path):
+            weights = _read_safetensors(path)
+        elif _is_torchscript(path):
+            archive = torch.jit.load(str(path), map_location='cpu')
+            weights = Weights(dict(archive.state_dict()), {}, torchscript=True)
+        else:
+            weights = _read_torch(path)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f'{path} is damaged or no weight file: {error}') from error
+    if CONFIG_KEY in weights.tensors:
+        weights.metadata['config'] = decode_config(weights.tensors.pop(CONFIG_KEY))
+    return weights
+
+
+def encode_config(config: dict[str, Any]) -> Tensor:
+    """A network's description as a uint8 tensor, so that any checkpoint can hold it."""
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+def decode_config(encoded: Tensor) -> dict[str, Any]:
+    """The inverse of `encode_config`."""
+    return json.loads(bytes(encoded.tolist()).decode())
+
+
+def write_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]
+) -> Path:
+    """Write one self-contained safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        partial,
+        metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+    )
+    os.replace(partial, path)
+    return path
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_weights(name: str, path: str | Path | None = None) -> Path | None:
+    """Where the weights of metric `name` are: `path`, the user's folder, the bundle.
+
+    Returns:
+        The file, or `None` if there is none and no `path` was given.
+
+    Raises:
+        FileNotFoundError: if `path` was given but isn't there.
+    """
+    if path is not None:
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'`pretrained_model_path` of {name}: there is no file {path}.'
+            )
+        return path
+    for folder in (Path(weights_folder()), BUNDLED_FOLDER):
+        candidate = folder / f'{name}{SUFFIX}'
+        if candidate.is_file():
+            return candidate
+    return None

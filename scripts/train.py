@@ -1,0 +1,6 @@
+"""Run pyiqa's train pipeline on an option file of this package; see configs/README.md."""
+
+from pyiqa_clipkd.pipeline import train
+
+if __name__ == '__main__':
+    train()
