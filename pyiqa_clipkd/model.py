@@ -247,9 +247,13 @@ class CLIPKDModel(GeneralIQAModel):
         logged: dict[str, float] = {}
         if self.cri_distillation is not None:
             weight = self.cri_distillation.soft_weight_at(progress)
+            teacher_embedding = None
+            if weight > 0:
+                with torch.no_grad():
+                    teacher_embedding = self.teacher.embed(self.img_input)
             result = self.cri_distillation(
                 output.embedding,
-                self._teacher_embedding() if weight > 0 else None,
+                teacher_embedding,
                 output.score,
                 self.gt_mos,
                 progress,
@@ -271,10 +275,6 @@ class CLIPKDModel(GeneralIQAModel):
         self.log_dict = self.reduce_loss_dict(terms)
         self.log_dict.update(logged, lr=self.get_current_learning_rate()[0])
 
-    @torch.no_grad()
-    def _teacher_embedding(self) -> Tensor:
-        assert self.teacher is not None
-        return self.teacher.embed(self.img_input)
 
     # --- validation and checkpoints -----------------------------------------------
 
@@ -353,7 +353,10 @@ class CLIPKDModel(GeneralIQAModel):
                 'iter': current_iter,
                 'optimizers': [o.state_dict() for o in self.optimizers],
                 'schedulers': [s.state_dict() for s in self.schedulers],
-                'best_metric_results': getattr(self, 'best_metric_results', None),
+                'best_metric_results': {
+                    data: {m: {**best, 'val': float(best['val'])} for m, best in r.items()}
+                    for data, r in getattr(self, 'best_metric_results', {}).items()
+                },
             },
             Path(self.opt['path']['training_states']) / f'{current_iter}.state',
         )
@@ -370,8 +373,8 @@ class CLIPKDModel(GeneralIQAModel):
         super().resume_training(resume_state)
         folder = self.opt['path']['models']
         self.load_network(self.net, Path(folder) / f'net_{resume_state["iter"]}.pth')
-        if resume_state.get('best_metric_results'):
-            self.best_metric_results = resume_state['best_metric_results']
+        if results := resume_state.get('best_metric_results'):
+            self.best_metric_results = results
             self.key_metric = self.opt['val'].get('key_metric')
             self.metric_results = {m: 0 for m in self.opt['val']['metrics']}
 

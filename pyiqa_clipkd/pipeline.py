@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -26,6 +29,7 @@ import torch
 import yaml
 from torch.utils.data import Dataset, Sampler
 
+from pyiqa_clipkd import __version__
 from pyiqa_clipkd.options import load_options
 
 
@@ -38,8 +42,45 @@ def train(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     import pyiqa.train as host
 
     keep_freed_memory()
-    with _host_arguments(argv) as _, _exact_resume(host):
-        return host.train_pipeline(os.getcwd())
+    start = time.time()
+    with _host_arguments(argv) as options, _exact_resume(host):
+        results = host.train_pipeline(os.getcwd())
+    folder = Path('experiments', options['name'])
+    if results is not None and folder.is_dir():
+        record = run_record(options, results, time.time() - start)
+        text = json.dumps(record, indent=2, default=float)
+        (folder / 'run.json').write_text(text + '\n')
+    return results
+
+
+def run_record(
+    options: dict[str, Any], results: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """What a reader of a result needs to repeat it; `run.json` beside the weights.
+
+    Args:
+        options: the expanded option file.
+        results: data set -> metric -> value and iteration.
+        seconds: of this process; a resumed run took longer in all.
+    """
+    commit = subprocess.run(
+        ['git', 'rev-parse', '--short=10', 'HEAD'],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        'command': ' '.join(['python', *sys.argv]),
+        'results': results,
+        'seconds': round(seconds),
+        'commit': commit or None,
+        'version': __version__,
+        'torch': torch.__version__,
+        'gpus': options['num_gpu'],
+        'threads': torch.get_num_threads(),
+        'options': options,
+    }
 
 
 def test(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +111,7 @@ def keep_freed_memory() -> bool:
 
     Every training step allocates the same large blocks. By default glibc maps each of
     them anew, and the kernel clears the pages: on two CPU cores this doubled the time of
-    a step. Peak memory stays what it was.
+    a step (scripts/benchmark.py measures it).
 
     Returns:
         Whether the allocator is glibc's and took the settings.

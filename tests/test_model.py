@@ -1,0 +1,283 @@
+"""The training model, in the host's own loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pyiqa.models import build_model
+from training_data import (
+    ENCODER,
+    data_options,
+    student_options,
+    write_images,
+    write_options,
+    write_teacher,
+)
+
+from pyiqa_clipkd import pipeline
+from pyiqa_clipkd.model import CLIPKDModel, iterations_that_run, mos_to_score_range
+from pyiqa_clipkd.network import load_network
+from pyiqa_clipkd.weights import read_weights
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with images and a teacher; it is the working directory, too."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'data')
+    write_teacher(tmp_path / 'data')
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What every iteration logged."""
+    seen: list[dict[str, Any]] = []
+    original = CLIPKDModel.optimize_parameters
+
+    def optimize_parameters(self: CLIPKDModel, current_iter: int) -> None:
+        original(self, current_iter)
+        seen.append({'iter': current_iter, **self.log_dict})
+
+    monkeypatch.setattr(CLIPKDModel, 'optimize_parameters', optimize_parameters)
+    return seen
+
+
+def run(options: dict[str, Any]) -> Any:
+    return pipeline.train(['-opt', str(write_options(Path('options.yml'), options))])
+
+
+def checkpoint(name: str, label: str = 'net_latest') -> dict[str, torch.Tensor]:
+    return read_weights(f'experiments/{name}/models/{label}.pth').tensors
+
+
+def built(options: dict[str, Any]) -> CLIPKDModel:
+    """The model alone, as the host builds it."""
+    planned = math.ceil(22 / options['datasets']['train']['batch_size_per_gpu'])
+    options['train']['total_iter'] = planned * options['train'].get('total_epoch', 1)
+    options |= {'is_train': True, 'dist': False, 'rank': 0, 'world_size': 1}
+    for phase, part in options['datasets'].items():
+        part['phase'] = phase
+    return build_model(options)
+
+
+def test_distillation_moves_the_student_and_nothing_else(
+    data: Path, steps: list[dict[str, Any]]
+) -> None:
+    before = read_weights(data / 'teacher.pth').tensors
+    results = run(student_options(data))
+    after = checkpoint('student')
+    teacher = read_weights(data / 'teacher.pth').tensors
+    assert all(torch.equal(before[name], teacher[name]) for name in before)
+    assert torch.equal(after['head.anchors'], before['head.anchors'])
+    assert torch.equal(after['head.temperature'], before['head.temperature'])
+    assert not any('teacher' in name for name in after)
+    assert all(math.isfinite(value) for step in steps for value in step.values())
+    assert {'l_soft', 'l_hard', 'l_total', 'soft_weight', 'lr'} <= steps[0].keys()
+    assert -1 <= results['tiny']['srcc']['val'] <= 1
+    torch.manual_seed(7)
+    start = student_options(data)['network']
+    start.pop('type')
+    from pyiqa_clipkd.network import CLIPKDStudent
+
+    moved = CLIPKDStudent(**start, embed_dim=24).state_dict()
+    assert not torch.equal(
+        moved['encoder.projection.weight'], after['encoder.projection.weight']
+    )
+
+
+def test_the_terms_and_the_schedule_reach_tensorboard(data: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(student_options(data))
+    events = EventAccumulator('tb_logger/student')
+    events.Reload()
+    weights = [e.value for e in events.Scalars('soft_weight')]
+    assert weights[0] == 1 and weights[-1] == pytest.approx(0)
+    assert {'losses/l_soft', 'losses/l_hard', 'lr'} <= set(events.Tags()['scalars'])
+    rates = [e.value for e in events.Scalars('lr')]
+    assert rates[0] == pytest.approx(1e-3) and rates[-1] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ('images', 'train'),
+    [
+        (22, {'total_epoch': 2}),  # 5 an epoch, 6 planned: a part of the spare epoch
+        (9, {'total_epoch': 8}),  # 2 an epoch, 3 planned: fewer than planned run
+        (8, {'total_epoch': 1}),
+        (4, {'total_epoch': None, 'total_iter': 3}),
+        (7, {'total_epoch': None, 'total_iter': 1}),
+    ],
+)
+def test_lambda_reaches_zero_at_the_last_iteration_that_really_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[dict[str, Any]],
+    images: int,
+    train: dict[str, Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'data', train=images)
+    write_teacher(tmp_path / 'data')
+    options = student_options(tmp_path / 'data', **train)
+    options['val']['val_freq'] = 1000
+    run(options)
+    if len(steps) > 1:
+        assert steps[0]['soft_weight'] == 1
+        assert steps[-2]['soft_weight'] > 0
+        assert steps[-1]['soft_weight'] == pytest.approx(0)
+    options |= {'dist': False}
+    planned = math.ceil(images / 4)
+    options['train'].setdefault('total_iter', (train['total_epoch'] or 0) * planned)
+    options['datasets']['train']['phase'] = 'train'
+    assert iterations_that_run(options) == len(steps)
+
+
+def test_fewer_images_than_a_batch_is_an_error_that_names_the_option(data: Path) -> None:
+    options = student_options(data)
+    options['datasets'] = data_options(data, batch_size_per_gpu=23)
+    with pytest.raises(ValueError, match='fewer than one batch of 23.*batch_size_per_gpu'):
+        run(options)
+
+
+def test_labels_outside_their_range_are_an_error_that_names_the_option(
+    data: Path,
+) -> None:
+    options = student_options(data)
+    options['datasets'] = data_options(data, mos_range=[0, 0.1])
+    with pytest.raises(ValueError, match=r'Labels must be in \[0, 1\].*mos_normalize'):
+        run(options)
+
+
+def test_labels_map_to_one_to_five() -> None:
+    mos = torch.tensor([[0.0], [0.25], [1.0]])
+    assert mos_to_score_range(mos).tolist() == [[1.0], [2.0], [5.0]]
+    with pytest.raises(ValueError, match='but got nan'):
+        mos_to_score_range(torch.tensor([[float('nan')]]))
+
+
+def test_a_reference_image_is_ignored(data: Path) -> None:
+    model = built(student_options(data))
+    image = torch.rand(2, 3, 32, 32)
+    labels = torch.tensor([[0.1], [0.9]])
+    model.feed_data({'img': image, 'ref_img': image * 0, 'mos_label': labels})
+    model.optimize_parameters(1)
+    assert math.isfinite(model.log_dict['l_total'])
+
+
+def test_two_models_from_the_same_options_are_alike(data: Path) -> None:
+    options = student_options(data)
+    first, second = built(options), built(options)
+    assert first.optimizers[0].param_groups[0]['lr'] == 1e-3
+    assert second.optimizers[0].param_groups[0]['lr'] == 1e-3
+    assert first.total_iterations == second.total_iterations == 12
+
+
+def test_the_teacher_is_in_no_optimizer_and_stays_in_evaluation_mode(data: Path) -> None:
+    model = built(student_options(data))
+    assert model.teacher is not None
+    teacher = {id(p) for p in model.teacher.parameters()}
+    optimized = {id(p) for g in model.optimizer.param_groups for p in g['params']}
+    assert not teacher & optimized
+    assert not any(p.requires_grad for p in model.teacher.parameters())
+    model.net.train()
+    assert not model.teacher.training
+    trained = {n for n, p in model.net.named_parameters() if id(p) in optimized}
+    assert trained and all(name.startswith('encoder.') for name in trained)
+
+
+def test_the_student_takes_width_anchors_and_temperature_from_the_teacher(
+    data: Path,
+) -> None:
+    model = built(student_options(data))
+    assert model.teacher is not None
+    assert model.net.head.anchors.shape == (5, 24)
+    assert torch.equal(model.net.head.anchors, model.teacher.head.anchors)
+    assert model.net.head.temperature == model.teacher.head.temperature
+
+
+@pytest.mark.parametrize(
+    ('loss', 'weight'),
+    [
+        ({'schedule': 'fixed', 'soft_weight': 0}, 0),
+        ({'schedule': 'fixed', 'soft_weight': 1}, 1),
+        ({'schedule': 'fixed', 'soft_weight': 0.9}, 0.9),
+    ],
+)
+def test_the_ablations_are_options_of_one_loss(
+    data: Path, steps: list[dict[str, Any]], loss: dict[str, Any], weight: float
+) -> None:
+    options = student_options(data, total_epoch=1)
+    options['train']['distillation_loss_opt'] |= loss
+    run(options)
+    assert {step['soft_weight'] for step in steps} == {weight}
+
+
+def test_the_plain_regression_head_trains_without_a_teacher(
+    data: Path, steps: list[dict[str, Any]]
+) -> None:
+    options = student_options(data, mos_loss_opt={'type': 'MSELoss'})
+    del options['teacher']
+    options['network']['head'] = 'regression'
+    run(options)
+    assert steps[0].keys() == {'iter', 'l_mos', 'l_total', 'lr'}
+    network = load_network('experiments/student/models/net_latest.pth')
+    assert network.config['head'] == 'regression'
+
+
+def test_a_loss_of_the_host_can_be_added(
+    data: Path, steps: list[dict[str, Any]]
+) -> None:
+    options = student_options(data, metric_loss_opt={'type': 'PLCCLoss'}, total_epoch=1)
+    run(options)
+    first = steps[0]
+    total = first['soft_weight'] * first['l_soft'] + first['l_metric']
+    assert first['l_total'] == pytest.approx(total, abs=1e-5)
+
+
+def test_a_missing_loss_is_an_error_that_names_it(data: Path) -> None:
+    options = student_options(data, distillation_loss_opt=None)
+    with pytest.raises(ValueError, match='with a teacher needs .*distillation_loss_opt'):
+        run(options)
+
+
+def test_a_distilled_network_must_be_a_student(data: Path) -> None:
+    options = student_options(data)
+    options['network'] = {'type': 'CLIPLikert', 'encoder': ENCODER, 'input_size': 32}
+    with pytest.raises(ValueError, match='must be a CLIPKDStudent'):
+        run(options)
+
+
+def test_the_test_pipeline_writes_the_results_of_the_checkpoint(data: Path) -> None:
+    best = run(student_options(data))['tiny']
+    options = student_options(data)
+    options['datasets'] = {'test': options['datasets']['val']}
+    options['path']['pretrain_network'] = 'experiments/student/models/net_best.pth'
+    options['network']['embed_dim'] = 24
+    del options['train'], options['teacher']
+    pipeline.test(['-opt', str(write_options(Path('test.yml'), options))])
+    results = json.loads(Path('results/student/tiny.json').read_text())
+    assert results['srcc'] == pytest.approx(best['srcc']['val'], abs=1e-6)
+    assert results['plcc'] == pytest.approx(best['plcc']['val'], abs=1e-4)
+    assert not list(Path('results').rglob('*.pth'))
+
+
+def test_a_refused_or_foreign_checkpoint_is_one_clear_error(data: Path) -> None:
+    torch.save({'params': {'a': torch.zeros(1)}}, data / 'other.pth')
+    options = student_options(data)
+    options['path']['pretrain_network'] = str(data / 'other.pth')
+    with pytest.raises(ValueError, match=r'`pretrain_network`: .*other.pth does not fit'):
+        run(options)
+
+
+def test_a_training_leaves_a_record_that_repeats_it(data: Path) -> None:
+    results = run(student_options(data, total_epoch=1))
+    record = json.loads(Path('experiments/student/run.json').read_text())
+    assert record['options']['manual_seed'] == 7
+    assert record['results']['tiny']['srcc']['val'] == results['tiny']['srcc']['val']
+    assert record['seconds'] >= 0 and 'command' in record

@@ -1,0 +1,167 @@
+"""The pipelines around the host's loop: exact resume, splits, the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_data import student_options, write_images, write_options, write_teacher
+
+from pyiqa_clipkd import pipeline
+from pyiqa_clipkd.weights import read_weights
+
+TRAIN = Path(__file__).parents[1] / 'scripts' / 'train.py'
+
+
+class CountingSampler:
+    epoch = 0
+
+    def __iter__(self) -> Any:
+        return iter(range(10 * self.epoch, 10 * self.epoch + 6))
+
+    def __len__(self) -> int:
+        return 6
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def test_the_sampler_leaves_out_what_the_interrupted_epoch_had_seen() -> None:
+    sampler = pipeline.EpochSampler(CountingSampler(), start_epoch=1, done=4)
+    sampler.set_epoch(1)
+    assert list(sampler) == [(1, 14), (1, 15)]
+    sampler.set_epoch(2)
+    assert list(sampler) == [(2, i) for i in range(20, 26)]
+
+
+class RandomDataset:
+    opt: dict[str, Any] = {}
+
+    def __getitem__(self, index: int) -> tuple[float, float]:
+        import random
+
+        return torch.rand(1).item(), random.random()
+
+    def __len__(self) -> int:
+        return 5
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
+    data = pipeline.SeededDataset(RandomDataset(), seed=1)
+    again = pipeline.SeededDataset(RandomDataset(), seed=1)
+    torch.rand(3)
+    assert data[0, 1] == again[0, 1]
+    assert len({data[0, 1], data[1, 1], data[0, 2]}) == 3
+    assert pipeline.SeededDataset(RandomDataset(), seed=2)[0, 1] != data[0, 1]
+
+
+def test_the_newest_state_with_weights_is_resumed(tmp_path: Path) -> None:
+    opt = {
+        'auto_resume': True,
+        'path': {
+            'training_states': str(tmp_path / 'states'),
+            'models': str(tmp_path / 'models'),
+        },
+    }
+    (tmp_path / 'states').mkdir()
+    (tmp_path / 'models').mkdir()
+    assert pipeline.load_training_state(opt) is None
+    for iteration in (9, 10, 11):
+        torch.save({'iter': iteration}, tmp_path / f'states/{iteration}.state')
+    (tmp_path / 'models/net_9.pth').touch()
+    (tmp_path / 'models/net_10.pth').touch()
+    state = pipeline.load_training_state(opt)
+    assert state == {'iter': 10}
+
+
+def long_options(data: Path) -> dict[str, Any]:
+    """60 epochs of 5 iterations; checkpoints in the middle of epochs."""
+    options = student_options(data, total_epoch=60)
+    options['val']['val_freq'] = 28
+    options['logger']['use_tb_logger'] = False
+    return options
+
+
+def train(folder: Path, options: Path, *flags: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, str(TRAIN), '-opt', str(options), *flags],
+        cwd=folder,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / 'data'
+    write_images(data)
+    write_teacher(data)
+    options = write_options(tmp_path / 'options.yml', long_options(data))
+    finished(train(tmp_path / 'whole', options))
+
+    states = tmp_path / 'killed/experiments/student/training_states'
+    for iteration in (49, 140):
+        process = train(tmp_path / 'killed', options, '--auto_resume')
+        wait_for(states / f'{iteration}.state', process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not (states / '301.state').exists(), 'it was killed too late'
+    output = finished(train(tmp_path / 'killed', options, '--auto_resume'))
+    assert 'Resuming training from epoch' in output
+
+    for label in ('net_latest', 'net_best', 'net_301'):
+        whole, resumed = (
+            read_weights(tmp_path / f'{run}/experiments/student/models/{label}.pth').tensors
+            for run in ('whole', 'killed')
+        )
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), label
+
+
+@pytest.mark.slow
+def test_n_splits_report_the_median(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'data')
+    write_teacher(tmp_path / 'data')
+    options = student_options(tmp_path / 'data')
+    options |= {'split_num': 2, 'save_final_results_path': 'experiments/splits.txt'}
+    pipeline.train_nsplits(['-opt', str(write_options(Path('n.yml'), options))])
+    lines = Path('experiments/splits.txt').read_text().splitlines()
+    rows = [line.split('\t') for line in lines if line.startswith('tiny\t')]
+    assert len(rows) == 2
+    median = sum(float(row[2]) for row in rows) / 2
+    assert lines[-1].startswith('Median over 2 splits in tiny: srcc ')
+    assert float(lines[-1].split('srcc ')[1].split(',')[0]) == pytest.approx(
+        median, abs=1e-4
+    )
+
+
+def test_keeping_freed_memory_is_possible_or_declined() -> None:
+    assert pipeline.keep_freed_memory() in (True, False)
