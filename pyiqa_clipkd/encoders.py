@@ -92,7 +92,8 @@ def build_timm_encoder(
     if not timm.is_model(name):
         raise ValueError(f'`encoder`: timm {timm.__version__} has no model {name!r}.')
     options: dict[str, Any] = {'num_classes': 0}
-    if timm.get_pretrained_cfg(name).fixed_input_size:
+    config = timm.get_pretrained_cfg(name)
+    if config is not None and config.fixed_input_size:
         options['img_size'] = input_size
     if weights == 'timm':
         backbone = _downloaded(
@@ -123,8 +124,8 @@ def _downloaded(create: Callable[[], Any], *, what: str, option: str) -> Any:
 def _packaged_file(name: str) -> str:
     if name not in WEIGHT_PACKAGES:
         raise ValueError(
-            f'`encoder_weights: package` is there for {", ".join(WEIGHT_PACKAGES)}, but '
-            f'not for {name}.'
+            f'`encoder_weights: package` is there for {", ".join(WEIGHT_PACKAGES)}, '
+            f'but not for {name}.'
         )
     module, attribute, distribution = WEIGHT_PACKAGES[name]
     try:
@@ -171,7 +172,9 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
     backbone.load_state_dict({name: tensors[name] for name in wanted})
 
 
-def build_open_clip_model(encoder: str, pretrained: str | Path | None) -> nn.Module:
+def build_open_clip_model(
+    encoder: str, pretrained: str | Path | None, *, quick_gelu: bool = False
+) -> nn.Module:
     """An open_clip model with both towers, QuickGELU where its weights need it.
 
     Args:
@@ -179,6 +182,7 @@ def build_open_clip_model(encoder: str, pretrained: str | Path | None) -> nn.Mod
         pretrained: `None` (random), a tag of open_clip (`openai`, `laion2b_s34b_b79k`),
             which may download, or a file in OpenAI's form (TorchScript archive or state
             dict), open_clip's, or safetensors.
+        quick_gelu: use QuickGELU even where neither name nor weights ask for it.
 
     Raises:
         ValueError: if the model is unknown or the file doesn't fit.
@@ -193,14 +197,14 @@ def build_open_clip_model(encoder: str, pretrained: str | Path | None) -> nn.Mod
             f'`encoder`: open_clip {open_clip.__version__} has no model {name!r}.'
         )
     if pretrained is None:
-        return open_clip.create_model(name)
+        return open_clip.create_model(name, force_quick_gelu=quick_gelu)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if str(pretrained) in tags:
         tag = str(pretrained)
-        quick = bool(open_clip.get_pretrained_cfg(name, tag).get('quick_gelu'))
+        quick_gelu |= bool(open_clip.get_pretrained_cfg(name, tag).get('quick_gelu'))
         return _downloaded(
             lambda: open_clip.create_model(
-                name, pretrained=tag, force_quick_gelu=quick
+                name, pretrained=tag, force_quick_gelu=quick_gelu
             ),
             what=f'The {tag!r} weights of {name} (open_clip)',
             option='`pretrained` (or `pretrained_model_path`, or as '
@@ -212,7 +216,8 @@ def build_open_clip_model(encoder: str, pretrained: str | Path | None) -> nn.Mod
             f'{name}, but got {str(pretrained)!r}.'
         )
     weights = read_weights(pretrained)
-    model = open_clip.create_model(name, force_quick_gelu=_is_openai(weights))
+    quick_gelu |= _is_openai(weights)
+    model = open_clip.create_model(name, force_quick_gelu=quick_gelu)
     tensors = {k: v for k, v in weights.tensors.items() if k not in OPENAI_NUMBERS}
     try:
         model.load_state_dict(tensors)
@@ -228,8 +233,15 @@ def _is_openai(weights: Weights) -> bool:
     return weights.torchscript or any(n in weights.tensors for n in OPENAI_NUMBERS)
 
 
+def has_quick_gelu(model: nn.Module) -> bool:
+    """Whether an open_clip model was built with QuickGELU."""
+    from open_clip.transformer import QuickGELU
+
+    return any(isinstance(module, QuickGELU) for module in model.modules())
+
+
 @torch.no_grad()
-def clip_anchors(model: nn.Module, encoder: str, prompts: list[str]) -> Tensor:
+def clip_anchors(model: Any, encoder: str, prompts: list[str]) -> Tensor:
     """CLIP's text features of `prompts`: (len(prompts), D)."""
     import open_clip
 

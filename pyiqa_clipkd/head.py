@@ -84,7 +84,9 @@ class LikertHead(nn.Module):
 
     def forward(self, embedding: Tensor) -> QualityOutput:
         """(N, D) -> score (N, 1), embedding (N, D), probabilities (N, L)."""
-        similarity = F.normalize(embedding, dim=-1) @ F.normalize(self.anchors, dim=-1).T
+        similarity = (
+            F.normalize(embedding, dim=-1) @ F.normalize(self.anchors, dim=-1).T
+        )
         probabilities = (similarity / self.temperature).softmax(dim=-1)
         score = (probabilities * self.level_scores).sum(dim=-1, keepdim=True)
         return QualityOutput(score, embedding, probabilities)

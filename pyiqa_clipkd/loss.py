@@ -28,12 +28,17 @@ def soft_weight_at(
 
     Args:
         progress: 0 at the first iteration, 1 at the last.
-        schedule: `cosine` and `linear` fall from 1 to 0; `fixed` stays at `soft_weight`.
+        schedule: `cosine` and `linear` fall from 1 to 0; `fixed` stays at
+            `soft_weight`.
         soft_weight: the fixed lambda in [0, 1].
 
     Raises:
-        ValueError: if `progress` isn't in [0, 1].
+        ValueError: if `progress` isn't in [0, 1], or there is no such schedule.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f'`schedule` must be one of {SCHEDULES}, but got {schedule!r}.'
+        )
     if not 0 <= progress <= 1:
         raise ValueError(f'`progress` must be in [0, 1], but got {progress}.')
     if schedule == 'cosine':
@@ -143,4 +148,5 @@ class CosineSoftHardLoss(nn.Module):
             'linear': '1 - t/T',
             'fixed': f'{self.soft_weight:g}',
         }[self.schedule]
-        return f'lambda * (1 - cos(u, v)) + (1 - lambda) * MSE(s_hat, s), lambda = {weight}'
+        loss = 'lambda * (1 - cos(u, v)) + (1 - lambda) * MSE(s_hat, s)'
+        return f'{loss}, lambda = {weight}'

@@ -18,9 +18,9 @@ def CLIPKDMetric(  # noqa: N802 - the host builds it by this name, like a class
 ) -> QualityNetwork:
     """The network of a metric, with its weights.
 
-    They are looked for in this order: `pretrained_model_path`, the user's weights folder
-    (`PYIQA_CLIPKD_WEIGHTS`), the files in the package. `clipkd_zeroshot` is CLIP itself:
-    without a file its weights come from open_clip's cache or download.
+    They are looked for in this order: `pretrained_model_path`, the user's weights
+    folder (`PYIQA_CLIPKD_WEIGHTS`), the files in the package. `clipkd_zeroshot` is CLIP
+    itself: without a file its weights come from open_clip's cache or download.
 
     Args:
         name: name of the metric, for instance `clipkd_mobilevit`.

@@ -1,4 +1,4 @@
-"""The training model: zero-shot test, fine-tuning and distillation in the host's loop."""
+"""The training model: test, fine-tuning and distillation in the host's loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from pyiqa.utils import get_root_logger
 from pyiqa.utils.dist_util import master_only
 from torch import Tensor, nn
 
-from pyiqa_clipkd.head import HIGHEST, LOWEST
+from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
+from pyiqa_clipkd.loss import DistillationTerms
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
 from pyiqa_clipkd.weights import read_weights
 
@@ -33,7 +34,7 @@ def mos_to_score_range(mos: Tensor) -> Tensor:
         ValueError: if a label is outside [0, 1].
     """
     low, high = mos.min().item(), mos.max().item()
-    if not (0 <= low and high <= 1):
+    if not (low >= 0 and high <= 1):
         raise ValueError(
             f'Labels must be in [0, 1], but got {low:g} to {high:g}: set '
             '`mos_normalize: true`, `mos_range` and `lower_better` of the data set.'
@@ -62,8 +63,8 @@ def iterations_that_run(opt: dict[str, Any]) -> int:
     in_an_epoch = a_rank // loaded
     if in_an_epoch == 0:
         raise ValueError(
-            f'The training set {data["name"]} has {a_rank} images for one process, fewer '
-            f'than one batch of {loaded}: lower `batch_size_per_gpu` or raise '
+            f'The training set {data["name"]} has {a_rank} images for one process, '
+            f'fewer than one batch of {loaded}: lower `batch_size_per_gpu` or raise '
             '`dataset_enlarge_ratio`.'
         )
     train = opt['train']
@@ -114,9 +115,15 @@ class CLIPKDModel(GeneralIQAModel):
 
     def _build_network(self) -> QualityNetwork:
         options = self.opt['network']
+        known: dict[str, Any] = {}
+        if path := self.opt['path'].get('pretrain_network'):
+            # What the options leave open (width, input size), the checkpoint knows.
+            known = read_weights(path).metadata.get('config', {})
         if self.teacher is not None:
-            options.setdefault('embed_dim', self.teacher.config['embed_dim'])
-            options.setdefault('levels', self.teacher.config['levels'])
+            known = {key: self.teacher.config[key] for key in ('embed_dim', 'levels')}
+        if known.get('type', options['type']) == options['type']:
+            for key, value in known.items():
+                options.setdefault(key, value)
         network = build_network(options)
         if self.teacher is not None:
             if not isinstance(network, CLIPKDStudent):
@@ -156,7 +163,7 @@ class CLIPKDModel(GeneralIQAModel):
     def init_training_settings(self) -> None:
         train_opt = self.opt['train']
         self.total_iterations = iterations_that_run(self.opt)
-        self.cri_mos = self.cri_metric = self.cri_distillation = None
+        self.cri_metric = None
         if self.teacher is None:
             self.cri_mos = self._build_loss('mos_loss_opt')
         else:
@@ -176,7 +183,7 @@ class CLIPKDModel(GeneralIQAModel):
         self._deferred_save: tuple[int, int] | None = None
         self._validated = 0
 
-    def _build_loss(self, key: str) -> nn.Module:
+    def _build_loss(self, key: str) -> Any:
         options = self.opt['train'].get(key)
         if not options:
             stage = 'with' if self.teacher is not None else 'without'
@@ -233,48 +240,47 @@ class CLIPKDModel(GeneralIQAModel):
         # Dropout and drop path depend on the iteration alone, so a resumed run sees the
         # same draws as an uninterrupted one.
         seed = 1_000_003 * int(self.opt['manual_seed']) + current_iter
-        torch.manual_seed(seed * self.opt.get('world_size', 1) + self.opt.get('rank', 0))
+        rank, world_size = self.opt.get('rank', 0), self.opt.get('world_size', 1)
+        torch.manual_seed(seed * world_size + rank)
         progress = self._progress(current_iter)
         self._set_learning_rate(progress)
         self.optimizer.zero_grad()
         images = self.img_input
         if self.opt['train'].get('channels_last'):
             images = images.contiguous(memory_format=torch.channels_last)
-        output = self.net(images, return_details=True)
+        output: QualityOutput = self.net(images, return_details=True)
         self.output_score = output.score
 
         terms: OrderedDict[str, Tensor] = OrderedDict()
-        logged: dict[str, float] = {}
-        if self.cri_distillation is not None:
-            weight = self.cri_distillation.soft_weight_at(progress)
-            teacher_embedding = None
-            if weight > 0:
-                with torch.no_grad():
-                    teacher_embedding = self.teacher.embed(self.img_input)
-            result = self.cri_distillation(
-                output.embedding,
-                teacher_embedding,
-                output.score,
-                self.gt_mos,
-                progress,
-            )
-            total = result.total
-            terms.update(l_soft=result.soft, l_hard=result.hard)
-            logged['soft_weight'] = weight
-        else:
+        logged = {'lr': self.get_current_learning_rate()[0]}
+        if self.teacher is None:
             total = self.cri_mos(output.score, self.gt_mos)
             terms['l_mos'] = total
+        else:
+            result = self._distill(self.teacher, output, progress)
+            total = result.total
+            terms.update(l_soft=result.soft, l_hard=result.hard)
+            logged['soft_weight'] = result.soft_weight
         if self.cri_metric is not None:
-            metric = self.cri_metric(output.score, self.gt_mos)
-            total = total + metric
-            terms['l_metric'] = metric
+            terms['l_metric'] = self.cri_metric(output.score, self.gt_mos)
+            total = total + terms['l_metric']
         terms['l_total'] = total
         total.backward()
         self.optimizer.step()
+        self.log_dict = {**self.reduce_loss_dict(terms), **logged}
 
-        self.log_dict = self.reduce_loss_dict(terms)
-        self.log_dict.update(logged, lr=self.get_current_learning_rate()[0])
-
+    def _distill(
+        self, teacher: QualityNetwork, output: QualityOutput, progress: float
+    ) -> DistillationTerms:
+        """The teacher is asked only where its answer has a weight."""
+        teacher_embedding = None
+        if self.cri_distillation.soft_weight_at(progress) > 0:
+            with torch.no_grad():
+                teacher_embedding = teacher.embed(self.img_input)
+        terms: DistillationTerms = self.cri_distillation(
+            output.embedding, teacher_embedding, output.score, self.gt_mos, progress
+        )
+        return terms
 
     # --- validation and checkpoints -----------------------------------------------
 
@@ -354,7 +360,9 @@ class CLIPKDModel(GeneralIQAModel):
                 'optimizers': [o.state_dict() for o in self.optimizers],
                 'schedulers': [s.state_dict() for s in self.schedulers],
                 'best_metric_results': {
-                    data: {m: {**best, 'val': float(best['val'])} for m, best in r.items()}
+                    data: {
+                        m: {**best, 'val': float(best['val'])} for m, best in r.items()
+                    }
                     for data, r in getattr(self, 'best_metric_results', {}).items()
                 },
             },
@@ -376,7 +384,7 @@ class CLIPKDModel(GeneralIQAModel):
         if results := resume_state.get('best_metric_results'):
             self.best_metric_results = results
             self.key_metric = self.opt['val'].get('key_metric')
-            self.metric_results = {m: 0 for m in self.opt['val']['metrics']}
+            self.metric_results = dict.fromkeys(self.opt['val']['metrics'], 0)
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

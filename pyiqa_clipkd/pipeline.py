@@ -83,7 +83,7 @@ def run_record(
     }
 
 
-def test(argv: Sequence[str] | None = None) -> None:
+def test(argv: Sequence[str] | None = None) -> None:  # noqa: PT028 - no test
     """Test with the host's `test_pipeline`; results go below `results/`."""
     import pyiqa.test as host
 
@@ -110,8 +110,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next step instead of giving it back.
 
     Every training step allocates the same large blocks. By default glibc maps each of
-    them anew, and the kernel clears the pages: on two CPU cores this doubled the time of
-    a step (scripts/benchmark.py measures it).
+    them anew, and the kernel clears the pages. On two CPU cores that takes as long as
+    the step itself (scripts/benchmark.py measures it).
 
     Returns:
         Whether the allocator is glibc's and took the settings.

@@ -64,10 +64,13 @@ def resize_and_crop(img: Tensor, size: int) -> Tensor:
         img = _center_crop(img, min(height, longest), min(width, longest))
         height, width = img.shape[-2:]
     if short != size:
-        height, width = size * height // short, size * width // short
-        img = F.interpolate(
-            img, (height, width), mode='bicubic', align_corners=False, antialias=True
-        ).clamp(0, 1)
+        rows, (height, width) = height, (size * height // short, size * width // short)
+        # Along the rows, then along the columns, as PIL does: it also cuts what goes
+        # beyond black and white after the first pass.
+        for shape in ((rows, width), (height, width)):
+            img = F.interpolate(
+                img, shape, mode='bicubic', align_corners=False, antialias=True
+            ).clamp(0, 1)
     if (height, width) != (size, size):
         img = _center_crop(img, size, size)
     return img
@@ -77,7 +80,8 @@ class CLIPPreprocessing(nn.Module):
     """CLIP's resize, centre crop and normalization, differentiable.
 
     Within 2/255 of open_clip's PIL transform on photographs (the rest is PIL's
-    rounding to eight bits between its two passes).
+    rounding to eight bits after each of its two passes; recent versions of PIL take
+    tall images column by column first, which moves a few of their pixels further).
 
     Args:
         input_size: side in pixels of the square that the encoder sees.
@@ -99,9 +103,14 @@ class CLIPPreprocessing(nn.Module):
             )
 
     def forward(self, img: Tensor) -> Tensor:
-        """(N, 3 or 1, H, W) in [0, 1] -> normalized (N, 3, size, size)."""
-        img = resize_and_crop(check_images(img), self.input_size)
-        return (img - self.mean) / self.std
+        """(N, 3 or 1, H, W) in [0, 1] -> normalized (N, 3, size, size).
+
+        Images of any float precision; the result has that of the module.
+        """
+        # Half precision has no antialiased resize on a CPU.
+        precision = torch.promote_types(self.mean.dtype, torch.float32)
+        img = resize_and_crop(check_images(img).to(precision), self.input_size)
+        return ((img - self.mean) / self.std).to(self.mean.dtype)
 
     def extra_repr(self) -> str:
         return f'input_size={self.input_size}'

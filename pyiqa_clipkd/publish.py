@@ -56,7 +56,9 @@ def publish(
             f'._+-, but got {name!r}.'
         )
     if precision not in PRECISIONS:
-        raise ValueError(f'`precision` must be one of {PRECISIONS}, but got {precision!r}.')
+        raise ValueError(
+            f'`precision` must be one of {PRECISIONS}, but got {precision!r}.'
+        )
     network = load_network(checkpoint)
     tensors = _stored(network, precision)
     metadata = {
@@ -91,7 +93,9 @@ def _stored(network: QualityNetwork, precision: str) -> dict[str, Tensor]:
     if precision == 'float32':
         return dict(state)
     return {
-        name: tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+        name: tensor.half()
+        if tensor.is_floating_point() and tensor.dim() > 1
+        else tensor
         for name, tensor in state.items()
     }
 

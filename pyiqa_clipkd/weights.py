@@ -32,14 +32,18 @@ class Weights(NamedTuple):
 
     Attributes:
         tensors: name -> tensor, on the CPU.
-        metadata: what the file says of itself: `config` (how to build the network) and,
-            in published files, `card` (data, results, licence). Empty if it says nothing.
+        metadata: what the file says of itself: `config` (how to build the network)
+            and, in published files, `card` (data, results, licence). May be empty.
         torchscript: the file was a TorchScript archive (OpenAI's form of CLIP).
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     torchscript: bool = False
+
+
+class _RefusedError(ValueError):
+    """Names the file and what is wrong with it."""
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -62,14 +66,17 @@ def _read_safetensors(path: Path) -> Weights:
     with safe_open(path, framework='pt') as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = (file.metadata() or {}).get(METADATA_KEY, '{}')
-    return Weights(tensors, json.loads(text))
+    return Weights(tensors, dict(json.loads(text)))
 
 
 def _read_torch(path: Path) -> Weights:
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        # Opened here, for torch.load goes by the name: not all that is called
+        # .safetensors is.
+        with path.open('rb') as file:
+            content = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise _RefusedError(
             f'{path} is refused: it holds more than tensors and plain values, and '
             'loading it could run code. Save its state dict alone, or as safetensors.'
         ) from error
@@ -78,7 +85,8 @@ def _read_torch(path: Path) -> Weights:
             content = content[wrapper]
             break
     if not isinstance(content, Mapping):
-        raise ValueError(f'{path} holds no state dict, but {type(content).__name__}.')
+        kind = type(content).__name__
+        raise _RefusedError(f'{path} holds no state dict, but {kind}.')
     tensors = {
         str(name).removeprefix('module.'): value
         for name, value in content.items()
@@ -109,12 +117,14 @@ def read_weights(path: str | Path) -> Weights:
             weights = Weights(dict(archive.state_dict()), {}, torchscript=True)
         else:
             weights = _read_torch(path)
-    except ValueError:
+        if CONFIG_KEY in weights.tensors:
+            weights.metadata['config'] = decode_config(weights.tensors.pop(CONFIG_KEY))
+    except _RefusedError:
         raise
     except Exception as error:
-        raise ValueError(f'{path} is damaged or no weight file: {error}') from error
-    if CONFIG_KEY in weights.tensors:
-        weights.metadata['config'] = decode_config(weights.tensors.pop(CONFIG_KEY))
+        raise ValueError(
+            f'{path} is damaged or no weight file ({type(error).__name__}: {error}).'
+        ) from error
     return weights
 
 
@@ -132,17 +142,20 @@ def write_weights(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]
 ) -> Path:
     """Write one self-contained safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        partial,
-        metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)},
-    )
-    os.replace(partial, path)
+    try:
+        content = save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+        )
+        partial.write_bytes(content)  # with the user's usual permissions
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

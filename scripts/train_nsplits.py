@@ -1,4 +1,4 @@
-"""Run pyiqa's train_nsplits pipeline on an option file of this package; see configs/README.md."""
+"""Run pyiqa's train_nsplits pipeline on an option file; see configs/README.md."""
 
 from pyiqa_clipkd.pipeline import train_nsplits
 

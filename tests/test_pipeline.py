@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_the_sampler_leaves_out_what_the_interrupted_epoch_had_seen() -> None:
 
 
 class RandomDataset:
-    opt: dict[str, Any] = {}
+    opt: ClassVar[dict[str, Any]] = {}
 
     def __getitem__(self, index: int) -> tuple[float, float]:
         import random
@@ -136,7 +136,9 @@ def test_killed_twice_and_resumed_ends_with_the_weights_of_an_uninterrupted_run(
 
     for label in ('net_latest', 'net_best', 'net_301'):
         whole, resumed = (
-            read_weights(tmp_path / f'{run}/experiments/student/models/{label}.pth').tensors
+            read_weights(
+                tmp_path / f'{run}/experiments/student/models/{label}.pth'
+            ).tensors
             for run in ('whole', 'killed')
         )
         assert whole.keys() == resumed.keys()

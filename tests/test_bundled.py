@@ -1,0 +1,156 @@
+"""The weights in the package: there, small, offline, and worth something."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyiqa
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from pyiqa_clipkd.weights import BUNDLED_FOLDER, file_hash, read_weights
+
+NAME = 'clipkd_efficientnet_lite'
+FILES = sorted(BUNDLED_FOLDER.glob('*.safetensors'))
+
+# Human scores for the build machines; nothing in the package needs them.
+BIQ2021 = Path(__file__).parents[2] / 'shared/data/biq2021'
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(max(image.size) / 150))
+
+
+def noisy(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
+    noise = np.random.default_rng(0).normal(0, 30, pixels.shape)
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+
+
+def crushed(image: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, 'JPEG', quality=8)
+    return Image.open(file).convert('RGB')
+
+
+DAMAGES = (blurred, noisy, crushed)
+
+
+@pytest.fixture(scope='module')
+def metric() -> torch.nn.Module:
+    return pyiqa.create_metric(NAME, device='cpu')
+
+
+def views(image: Image.Image) -> list[Image.Image]:
+    """The photograph and its four overlapping corners."""
+    width, height = image.size
+    w, h = int(0.7 * width), int(0.7 * height)
+    corners = [(x, y) for x in (0, width - w) for y in (0, height - h)]
+    return [image, *(image.crop((x, y, x + w, y + h)) for x, y in corners)]
+
+
+def test_bundled_files_are_small_and_say_what_they_are() -> None:
+    assert NAME in [file.stem for file in FILES]
+    for file in FILES:
+        assert file.stat().st_size <= 10e6
+        metadata = read_weights(file).metadata
+        card = file.with_suffix('.md').read_text()
+        assert metadata['name'] == file.stem
+        assert file_hash(file) in card, 'the card belongs to other weights'
+        assert metadata['card'].keys() >= {'Data', 'Licence', 'Results', 'Limits'}
+
+
+def test_damaged_copies_score_lower(
+    metric: torch.nn.Module,
+    photographs: dict[str, Image.Image],
+    as_tensor: Callable[[Image.Image], Tensor],
+) -> None:
+    right = total = 0
+    for image in photographs.values():
+        for view in views(image):
+            score = metric(as_tensor(view)).item()
+            for damage in DAMAGES:
+                total += 1
+                right += metric(as_tensor(damage(view))).item() < score
+    assert total == 60
+    assert right / total >= 0.9
+
+
+def test_scores_differ_between_photographs_and_stay_in_range(
+    metric: torch.nn.Module,
+    photographs: dict[str, Image.Image],
+    as_tensor: Callable[[Image.Image], Tensor],
+) -> None:
+    scores = [metric(as_tensor(image)).item() for image in photographs.values()]
+    assert all(1 <= score <= 5 for score in scores)
+    assert max(scores) - min(scores) > 0.2
+
+
+def test_the_same_photograph_has_the_same_score_every_time_and_in_any_batch(
+    metric: torch.nn.Module, photo: Tensor
+) -> None:
+    alone = metric(photo)
+    assert torch.equal(alone, metric(photo))
+    batch = metric(torch.cat([photo.flip(-1), photo, photo * 0.5]))
+    assert batch[1] == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_as_a_loss_it_gives_the_image_a_gradient(photo: Tensor) -> None:
+    loss = pyiqa.create_metric(NAME, as_loss=True, device='cpu')
+    image = photo.clone().requires_grad_(True)
+    loss(image).backward()
+    assert image.grad is not None
+    assert image.grad.isfinite().all()
+    assert image.grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_the_host_s_command_scores_a_file_and_a_folder_without_a_network(
+    tmp_path: Path, photographs: dict[str, Image.Image]
+) -> None:
+    if not (unshare := shutil.which('unshare')):
+        pytest.skip('needs `unshare` to take the network away')
+    folder = tmp_path / 'photographs'
+    folder.mkdir()
+    for name, image in photographs.items():
+        image.save(folder / f'{name}.jpg')
+    environment = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
+    offline = [unshare, '--map-root-user', '--net']
+    if subprocess.run([*offline, 'true'], check=False).returncode:
+        pytest.skip('this system lets nobody take the network away')
+    for target in (folder / 'coffee.jpg', folder):
+        result = subprocess.run(
+            [*offline, sys.executable, '-m', 'pyiqa.pyiqa_cmd', NAME, '-t', target],
+            capture_output=True,
+            text=True,
+            env=environment | {'HOME': str(tmp_path)},
+            check=False,
+        )
+        assert f"'{NAME}': {{'mean':" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+def test_the_ranks_of_held_out_photographs_follow_people_s(
+    metric: torch.nn.Module, as_tensor: Callable[[Image.Image], Tensor]
+) -> None:
+    if not BIQ2021.is_dir():
+        pytest.skip(f'needs BIQ2021, which is not part of this repository: {BIQ2021}')
+    import pandas as pd  # type: ignore[import-untyped]
+
+    table = pd.read_csv(BIQ2021 / 'meta_info_BIQ2021_subset.csv')
+    table = table[table['ratio802_seed123_split_01'] == 'test']
+    scores = [
+        metric(as_tensor(Image.open(BIQ2021 / 'Images' / name).convert('RGB'))).item()
+        for name in table['img_name']
+    ]
+    assert spearmanr(scores, table['mos']).statistic >= 0.80

@@ -1,0 +1,244 @@
+"""Our teacher against OpenAI's own class, for every form that the weights come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pyiqa_clipkd.encoders import OPENAI_NUMBERS
+from pyiqa_clipkd.network import CLIPLikert
+
+# OpenAI's tokenizer on "a photo of {} quality".
+TOKENS = {
+    'bad': [49406, 320, 1125, 539, 2103, 3027, 49407],
+    'poor': [49406, 320, 1125, 539, 3665, 3027, 49407],
+    'fair': [49406, 320, 1125, 539, 2849, 3027, 49407],
+    'good': [49406, 320, 1125, 539, 886, 3027, 49407],
+    'perfect': [49406, 320, 1125, 539, 1878, 3027, 49407],
+}
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+FORMS = ('torchscript', 'openai_pt', 'open_clip_pt', 'safetensors', 'checkpoint')
+
+TINY_SIZE = 32
+VIT_B_32 = (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12)
+
+
+class Result(NamedTuple):
+    embedding: Tensor
+    similarity: Tensor
+    probabilities: Tensor
+    score: Tensor
+
+
+def _formula(clip: nn.Module, image: Tensor) -> Result:
+    """Equations 1 to 4 of the paper, from OpenAI's class and numbers alone."""
+    tokens = torch.zeros(5, 77, dtype=torch.long)
+    for row, numbers in zip(tokens, TOKENS.values(), strict=True):
+        row[: len(numbers)] = torch.tensor(numbers)
+    text = clip.encode_text(tokens)  # type: ignore[operator]
+    # `True`: add the positional embedding, which OpenAI's own code always does.
+    embedding = clip.encode_image((image - MEAN) / STD, True)  # type: ignore[operator]
+    similarity = F.cosine_similarity(embedding[:, None], text[None], dim=-1)
+    scaled = clip.get_parameter('logit_scale').exp() * similarity
+    probabilities = scaled.exp() / scaled.exp().sum(dim=1, keepdim=True)
+    score = sum((i + 1) * probabilities[:, i] for i in range(5))
+    return Result(embedding, similarity, probabilities, torch.as_tensor(score))
+
+
+def _ours(network: CLIPLikert, image: Tensor) -> Result:
+    output = network(image, return_details=True)
+    assert output.probabilities is not None
+    anchors = network.head.get_buffer('anchors')
+    similarity = F.normalize(output.embedding) @ F.normalize(anchors).T
+    return Result(
+        output.embedding, similarity, output.probabilities, output.score[:, 0]
+    )
+
+
+def _tensors(clip: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in clip.state_dict().items() if k not in OPENAI_NUMBERS}
+
+
+def _save(tensors: dict[str, Tensor], form: str, folder: Path, size: int) -> Path:
+    """Save the tensors of OpenAI's class in one of the forms that exist."""
+    numbers = dict(
+        zip(OPENAI_NUMBERS, map(torch.tensor, (size, 77, 49408)), strict=True)
+    )
+    path = folder / f'{form}.pt'
+    if form == 'openai_pt':
+        torch.save({**tensors, **numbers}, path)
+    elif form == 'open_clip_pt':
+        torch.save(tensors, path)
+    elif form == 'checkpoint':
+        prefixed = {f'module.{name}': tensor for name, tensor in tensors.items()}
+        torch.save({'epoch': 3, 'state_dict': prefixed}, path)
+    else:
+        path = path.with_suffix('.safetensors')
+        save_file(tensors, path)
+    return path
+
+
+class Case(NamedTuple):
+    clip: nn.Module
+    encoder: str
+    size: int
+    archive: Path
+
+
+@pytest.fixture(
+    scope='module',
+    params=[
+        'tiny-quickgelu',
+        pytest.param('ViT-B-32-quickgelu', marks=pytest.mark.slow),
+    ],
+)
+def case(
+    request: pytest.FixtureRequest,
+    openai_clip: Callable[..., nn.Module],
+    openai_archive: Callable[[nn.Module, int, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    clip = openai_clip(*(VIT_B_32 if 'ViT' in request.param else ()))
+    size = 224 if 'ViT' in request.param else TINY_SIZE
+    folder = tmp_path_factory.mktemp('clip')
+    archive = openai_archive(clip, size, folder / 'archive.pt')
+    return Case(clip, f'open_clip:{request.param}', size, archive)
+
+
+def _image(case: Case, photo: Tensor) -> Tensor:
+    """Different corners of a photograph, of the size that the network takes."""
+    size = case.size
+    corners = (photo[..., :size, :size], photo[..., -size:, -size:])
+    return torch.cat([*corners, corners[0].flip(3), 1 - corners[1]])
+
+
+def _assert_close(actual: Result, expected: Result, tolerance: float) -> None:
+    for name, value, other in zip(Result._fields, actual, expected, strict=True):
+        assert value.shape == other.shape, name
+        difference = (value - other).abs().max().item()
+        assert difference <= tolerance, f'{name} differs by {difference}'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('form', FORMS)
+def test_every_form_of_the_weights_gives_what_the_class_of_openai_gives(
+    form: str, case: Case, photo: Tensor, tmp_path: Path
+) -> None:
+    path = case.archive
+    if form != 'torchscript':
+        path = _save(_tensors(case.clip), form, tmp_path, case.size)
+    network = CLIPLikert(case.encoder, pretrained=str(path), input_size=case.size)
+
+    image = _image(case, photo)
+    expected = _formula(case.clip, image)
+    _assert_close(_ours(network.eval(), image), expected, 1e-5)
+    # It is no test where all images and levels are alike.
+    assert expected.similarity.std(dim=1).min() > 1e-2
+    assert expected.score.std() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('form', ['openai_pt', 'safetensors'])
+def test_half_precision_weights_are_computed_in_full_precision(
+    form: str,
+    case: Case,
+    photo: Tensor,
+    tmp_path: Path,
+    openai_clip: Callable[..., nn.Module],
+) -> None:
+    half = {name: tensor.half() for name, tensor in _tensors(case.clip).items()}
+    path = _save(half, form, tmp_path, case.size)
+    network = CLIPLikert(
+        case.encoder, pretrained=str(path), input_size=case.size
+    ).eval()
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+
+    image = _image(case, photo)
+    ours, exact = _ours(network, image), _formula(case.clip, image)
+    relative = (ours.embedding - exact.embedding).norm(dim=1)
+    assert (relative / exact.embedding.norm(dim=1)).max() <= 5e-3
+    for name in ('similarity', 'probabilities', 'score'):
+        difference = getattr(ours, name) - getattr(exact, name)
+        assert difference.abs().max() <= 5e-3, name
+
+    # And nothing but the rounding of the weights stands between them.
+    rounded = openai_clip(*(VIT_B_32 if case.size == 224 else ()))
+    rounded.load_state_dict(half)
+    _assert_close(ours, _formula(rounded, image), 1e-5)
+
+
+@torch.no_grad()
+def test_the_state_dict_of_the_archive_is_that_of_the_files_of_openai(
+    case: Case,
+) -> None:
+    archive = torch.jit.load(str(case.archive))
+    numbers = {name: int(archive.state_dict()[name]) for name in OPENAI_NUMBERS}
+    assert numbers == {
+        'input_resolution': case.size,
+        'context_length': 77,
+        'vocab_size': 49408,
+    }
+
+
+@torch.no_grad()
+def test_an_image_of_another_size_is_resized_first(case: Case, photo: Tensor) -> None:
+    network = CLIPLikert(
+        case.encoder, pretrained=str(case.archive), input_size=case.size
+    )
+    network.eval()
+    square = photo[..., 75:375]
+    small = F.interpolate(
+        square, (case.size, case.size), mode='bicubic', antialias=True
+    ).clamp(0, 1)
+    expected = _formula(case.clip, small).score
+    assert (network(square)[:, 0] - expected).abs() < 1e-3
+
+
+def test_the_prompts_become_the_tokens_of_openai() -> None:
+    tokenizer = open_clip.get_tokenizer('ViT-B-32-quickgelu')
+    for level, numbers in TOKENS.items():
+        tokens = tokenizer([f'a photo of {level} quality'])[0].tolist()
+        assert tokens == numbers + [0] * (77 - len(numbers))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('form', ['torchscript', 'openai_pt'])
+@pytest.mark.parametrize('name', ['tiny', 'tiny-quickgelu'])
+def test_weights_of_openai_get_quickgelu_whatever_the_name_of_the_encoder(
+    name: str, form: str, case: Case, photo: Tensor, tmp_path: Path
+) -> None:
+    if case.encoder != 'open_clip:tiny-quickgelu':
+        pytest.skip('one size is enough')
+    path = case.archive
+    if form != 'torchscript':
+        path = _save(_tensors(case.clip), form, tmp_path, case.size)
+    network = CLIPLikert(
+        f'open_clip:{name}', pretrained=str(path), input_size=32
+    ).eval()
+    image = _image(case, photo)
+    _assert_close(_ours(network, image), _formula(case.clip, image), 1e-5)
+    assert network.config['quick_gelu'] is True
+
+
+@torch.no_grad()
+def test_plain_gelu_gives_other_embeddings_and_is_left_to_other_weights(
+    case: Case, photo: Tensor, tmp_path: Path
+) -> None:
+    if case.encoder != 'open_clip:tiny-quickgelu':
+        pytest.skip('one size is enough')
+    path = _save(_tensors(case.clip), 'open_clip_pt', tmp_path, 32)
+    plain = CLIPLikert('open_clip:tiny', pretrained=str(path), input_size=32).eval()
+    image = _image(case, photo)
+    expected = _formula(case.clip, image)
+    assert (_ours(plain, image).embedding - expected.embedding).abs().max() > 1e-3
+    assert plain.config['quick_gelu'] is False
