@@ -76,6 +76,21 @@ def iterations_that_run(opt: dict[str, Any]) -> int:
     return min(total, (epochs + 1) * in_an_epoch)
 
 
+def check_validation_sets(opt: dict[str, Any]) -> None:
+    """An empty validation set would only be noticed after the whole training.
+
+    Raises:
+        ValueError: if a validation set has no images.
+    """
+    for phase, data in opt['datasets'].items():
+        if phase.split('_')[0] == 'val' and len(build_dataset(data)) == 0:
+            raise ValueError(
+                f'The validation set {data["name"]} ({phase}) has no images: its split '
+                f'column ({data.get("split_index")!r}) has none of the words that '
+                '`override_phase` (or `val`) asks for.'
+            )
+
+
 class CLIPKDModel(GeneralIQAModel):
     """One training model for the three stages.
 
@@ -107,11 +122,21 @@ class CLIPKDModel(GeneralIQAModel):
         options = dict(self.opt.get('teacher') or {})
         if not options or not self.is_train:
             return None
-        if 'weights' in options:
-            teacher = load_network(options.pop('weights'), **options)
+        if weights := options.pop('weights', None):
+            teacher = load_network(self._of_this_split(weights), **options)
         else:
             teacher = build_network(options)
         return teacher.to(self.device).eval().requires_grad_(False)
+
+    def _of_this_split(self, weights: str) -> str:
+        """`{split}` in the teacher's path -> the number that n-splits folders carry.
+
+        A teacher of another split has seen this split's test images.
+        """
+        split = self.opt['datasets']['train'].get('split_index')
+        if isinstance(split, int):
+            weights = weights.replace('{split}', f'{split - 1:02d}')
+        return weights
 
     def _build_network(self) -> QualityNetwork:
         options = self.opt['network']
@@ -163,6 +188,7 @@ class CLIPKDModel(GeneralIQAModel):
     def init_training_settings(self) -> None:
         train_opt = self.opt['train']
         self.total_iterations = iterations_that_run(self.opt)
+        check_validation_sets(self.opt)
         self.cri_metric = None
         if self.teacher is None:
             self.cri_mos = self._build_loss('mos_loss_opt')

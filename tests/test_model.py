@@ -151,6 +151,26 @@ def test_fewer_images_than_a_batch_is_an_error_that_names_the_option(
         run(options)
 
 
+def test_an_empty_validation_set_is_an_error_before_the_training(
+    data: Path, steps: list[dict[str, Any]]
+) -> None:
+    options = student_options(data)
+    options['datasets']['val']['override_phase'] = 'val'
+    with pytest.raises(ValueError, match=r'has no images.*override_phase'):
+        run(options)
+    assert not steps
+
+
+def test_the_teacher_of_the_same_split_is_taken(data: Path) -> None:
+    (data / 'teacher.pth').rename(data / 'teacher_Split00.pth')
+    options = student_options(data)
+    options['teacher']['weights'] = str(data / 'teacher_Split{split}.pth')
+    assert built(options).teacher is not None
+    options['datasets']['train']['split_index'] = 2
+    with pytest.raises(FileNotFoundError, match=r'teacher_Split01\.pth'):
+        built(options)
+
+
 def test_labels_outside_their_range_are_an_error_that_names_the_option(
     data: Path,
 ) -> None:
