@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from pyiqa_clipkd.weights import Weights, read_weights
 
-logger = logging.getLogger('pyiqa')
-
 OPEN_CLIP, TIMM = 'open_clip:', 'timm:'
 
 PRESETS = {
@@ -197,7 +195,7 @@ def build_open_clip_model(
             f'`encoder`: open_clip {open_clip.__version__} has no model {name!r}.'
         )
     if pretrained is None:
-        return open_clip.create_model(name, force_quick_gelu=quick_gelu)
+        return _random_model(name, quick_gelu)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if str(pretrained) in tags:
         tag = str(pretrained)
@@ -217,7 +215,7 @@ def build_open_clip_model(
         )
     weights = read_weights(pretrained)
     quick_gelu |= _is_openai(weights)
-    model = open_clip.create_model(name, force_quick_gelu=quick_gelu)
+    model = _random_model(name, quick_gelu)
     tensors = {k: v for k, v in weights.tensors.items() if k not in OPENAI_NUMBERS}
     try:
         model.load_state_dict(tensors)
@@ -226,6 +224,21 @@ def build_open_clip_model(
             f'`pretrained`: {pretrained} does not fit {name}: {error}'
         ) from error
     return model
+
+
+def _random_model(name: str, quick_gelu: bool) -> nn.Module:
+    """open_clip warns of random weights; here they are wanted, or replaced next."""
+    import open_clip
+
+    def keep(record: logging.LogRecord) -> bool:
+        return 'No pretrained weights loaded' not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        return open_clip.create_model(name, force_quick_gelu=quick_gelu)
+    finally:
+        root.removeFilter(keep)
 
 
 def _is_openai(weights: Weights) -> bool:

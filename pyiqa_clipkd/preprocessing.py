@@ -81,7 +81,7 @@ class CLIPPreprocessing(nn.Module):
 
     Within 2/255 of open_clip's PIL transform on photographs (the rest is PIL's
     rounding to eight bits after each of its two passes; recent versions of PIL take
-    tall images column by column first, which moves a few of their pixels further).
+    some tall images column by column first, which moves a few of their pixels further).
 
     Args:
         input_size: side in pixels of the square that the encoder sees.

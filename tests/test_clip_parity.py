@@ -95,6 +95,22 @@ class Case(NamedTuple):
     archive: Path
 
 
+@pytest.fixture(scope='module')
+def build_case(
+    openai_clip: Callable[..., nn.Module],
+    openai_archive: Callable[[nn.Module, int, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Case]:
+    def build(name: str) -> Case:
+        clip = openai_clip(*(VIT_B_32 if 'ViT' in name else ()))
+        size = 224 if 'ViT' in name else TINY_SIZE
+        folder = tmp_path_factory.mktemp('clip')
+        archive = openai_archive(clip, size, folder / 'archive.pt')
+        return Case(clip, f'open_clip:{name}', size, archive)
+
+    return build
+
+
 @pytest.fixture(
     scope='module',
     params=[
@@ -102,17 +118,13 @@ class Case(NamedTuple):
         pytest.param('ViT-B-32-quickgelu', marks=pytest.mark.slow),
     ],
 )
-def case(
-    request: pytest.FixtureRequest,
-    openai_clip: Callable[..., nn.Module],
-    openai_archive: Callable[[nn.Module, int, Path], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Case:
-    clip = openai_clip(*(VIT_B_32 if 'ViT' in request.param else ()))
-    size = 224 if 'ViT' in request.param else TINY_SIZE
-    folder = tmp_path_factory.mktemp('clip')
-    archive = openai_archive(clip, size, folder / 'archive.pt')
-    return Case(clip, f'open_clip:{request.param}', size, archive)
+def case(request: pytest.FixtureRequest, build_case: Callable[[str], Case]) -> Case:
+    return build_case(request.param)
+
+
+@pytest.fixture(scope='module')
+def tiny_case(build_case: Callable[[str], Case]) -> Case:
+    return build_case('tiny-quickgelu')
 
 
 def _image(case: Case, photo: Tensor) -> Tensor:
@@ -143,8 +155,8 @@ def test_every_form_of_the_weights_gives_what_the_class_of_openai_gives(
     expected = _formula(case.clip, image)
     _assert_close(_ours(network.eval(), image), expected, 1e-5)
     # It is no test where all images and levels are alike.
-    assert expected.similarity.std(dim=1).min() > 1e-2
-    assert expected.score.std() > 1e-2
+    assert expected.similarity.std(dim=1).min() > 1e-3
+    assert expected.score.std() > 1e-3
 
 
 @torch.no_grad()
@@ -215,30 +227,26 @@ def test_the_prompts_become_the_tokens_of_openai() -> None:
 @pytest.mark.parametrize('form', ['torchscript', 'openai_pt'])
 @pytest.mark.parametrize('name', ['tiny', 'tiny-quickgelu'])
 def test_weights_of_openai_get_quickgelu_whatever_the_name_of_the_encoder(
-    name: str, form: str, case: Case, photo: Tensor, tmp_path: Path
+    name: str, form: str, tiny_case: Case, photo: Tensor, tmp_path: Path
 ) -> None:
-    if case.encoder != 'open_clip:tiny-quickgelu':
-        pytest.skip('one size is enough')
-    path = case.archive
+    path = tiny_case.archive
     if form != 'torchscript':
-        path = _save(_tensors(case.clip), form, tmp_path, case.size)
+        path = _save(_tensors(tiny_case.clip), form, tmp_path, tiny_case.size)
     network = CLIPLikert(
         f'open_clip:{name}', pretrained=str(path), input_size=32
     ).eval()
-    image = _image(case, photo)
-    _assert_close(_ours(network, image), _formula(case.clip, image), 1e-5)
+    image = _image(tiny_case, photo)
+    _assert_close(_ours(network, image), _formula(tiny_case.clip, image), 1e-5)
     assert network.config['quick_gelu'] is True
 
 
 @torch.no_grad()
 def test_plain_gelu_gives_other_embeddings_and_is_left_to_other_weights(
-    case: Case, photo: Tensor, tmp_path: Path
+    tiny_case: Case, photo: Tensor, tmp_path: Path
 ) -> None:
-    if case.encoder != 'open_clip:tiny-quickgelu':
-        pytest.skip('one size is enough')
-    path = _save(_tensors(case.clip), 'open_clip_pt', tmp_path, 32)
+    path = _save(_tensors(tiny_case.clip), 'open_clip_pt', tmp_path, 32)
     plain = CLIPLikert('open_clip:tiny', pretrained=str(path), input_size=32).eval()
-    image = _image(case, photo)
-    expected = _formula(case.clip, image)
+    image = _image(tiny_case, photo)
+    expected = _formula(tiny_case.clip, image)
     assert (_ours(plain, image).embedding - expected.embedding).abs().max() > 1e-3
     assert plain.config['quick_gelu'] is False

@@ -125,9 +125,8 @@ def test_weights_in_the_names_of_timm_are_loaded(classes: int, tmp_path: Path) -
 def test_weights_of_a_network_of_ours_are_loaded(tmp_path: Path) -> None:
     source = build_timm_encoder(TINY, embed_dim=16)
     tensors = {f'encoder.{name}': x for name, x in source.state_dict().items()}
-    torch.save(
-        {'params': {**tensors, 'head.anchors': torch.rand(5, 16)}}, tmp_path / 'a'
-    )
+    tensors = {'head.anchors': torch.rand(5, 16), **tensors}  # the order is no help
+    torch.save({'params': tensors}, tmp_path / 'a')
     encoder = build_timm_encoder(TINY, weights=tmp_path / 'a', embed_dim=8)
     assert_same(encoder.backbone, source.backbone)
 
@@ -155,6 +154,17 @@ def test_weights_of_another_network_are_an_error_that_names_file_and_tensor(
     )
     with pytest.raises(ValueError, match=message):
         load_backbone(backbone(), tmp_path / 'other.pth')
+
+
+@pytest.mark.parametrize('renamed', [False, True])
+def test_one_tensor_of_another_shape_is_an_error(renamed: bool, tmp_path: Path) -> None:
+    tensors = backbone().state_dict()
+    tensors['conv1.0.weight'] = tensors['conv1.0.weight'][:, :1]
+    port = {f'port.{name}' if renamed else name: x for name, x in tensors.items()}
+    torch.save(port, tmp_path / 'a.pth')
+    message = r'1 of \d+ tensors of ResNet .*a\.pth .*first conv1\.0\.weight'
+    with pytest.raises(ValueError, match=message):
+        load_backbone(backbone(seed=2), tmp_path / 'a.pth')
 
 
 @pytest.mark.parametrize('renamed', [False, True])
@@ -224,3 +234,10 @@ def test_the_package_of_lite0_names_the_cat(photo: Tensor) -> None:
         head = classifier.get_submodule('classifier')
         torch.testing.assert_close(head(features), logits)
     assert 281 <= logits.argmax().item() <= 287  # ImageNet's cats
+
+
+def test_random_weights_that_are_wanted_cause_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    build_open_clip_model('open_clip:tiny', None)
+    assert 'No pretrained weights' not in caplog.text

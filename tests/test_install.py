@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -10,11 +12,12 @@ import subprocess
 import sysconfig
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 from pyiqa_clipkd import __version__
-from pyiqa_clipkd._build import startup_files
+from pyiqa_clipkd._build import add_to_wheel, startup_files
 from pyiqa_clipkd.names import METRICS
 
 pytest.importorskip('setuptools', minversion='64')
@@ -231,3 +234,26 @@ def test_the_sdist_holds_what_a_build_and_the_tests_need(
     (root,) = (tmp_path / 'unpacked').iterdir()
     for file in [*source.rglob('*.py'), *source.rglob('*.yml'), source / 'LICENSE']:
         assert (root / file.relative_to(source)).is_file()
+
+
+def test_a_file_added_to_a_wheel_is_in_its_record(tmp_path: Path) -> None:
+    """pip fills the gaps of a RECORD; other installers needn't."""
+    wheel = tmp_path / 'p-1-py3-none-any.whl'
+    record = 'p-1.dist-info/RECORD'
+    with ZipFile(wheel, 'w') as archive:
+        archive.writestr('p-1.dist-info/METADATA', 'Name: p\n')
+        archive.writestr(record, f'p-1.dist-info/METADATA,,\n{record},,\n')
+    add_to_wheel(wheel, {'p.pth': 'import p\n'})
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b'import p\n').digest())
+    with ZipFile(wheel) as archive:
+        assert sorted(archive.namelist()) == [
+            'p-1.dist-info/METADATA',
+            record,
+            'p.pth',
+        ]
+        assert archive.read('p.pth') == b'import p\n'
+        assert archive.read(record).decode().splitlines() == [
+            'p-1.dist-info/METADATA,,',
+            f'{record},,',
+            f'p.pth,sha256={digest.decode().rstrip("=")},9',
+        ]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pyiqa_clipkd import host
 from pyiqa_clipkd import weights as weights_module
 from pyiqa_clipkd.metric import CLIPKDMetric
-from pyiqa_clipkd.names import METRICS
-from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork
+from pyiqa_clipkd.names import METRICS, RELEASED
+from pyiqa_clipkd.network import CLIPKDStudent, CLIPLikert, QualityNetwork
 from pyiqa_clipkd.weights import file_hash, write_weights
 
 NAME = 'clipkd_mobilevit'
@@ -121,6 +121,49 @@ def test_zero_shot_takes_a_published_file_of_another_network_too(
     _, network = publish(folders['user'] / 'clipkd_zeroshot.safetensors')
     with torch.no_grad():
         assert torch.equal(CLIPKDMetric('clipkd_zeroshot')(photo), network(photo))
+
+
+@pytest.fixture
+def tiny_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        'type': 'CLIPLikert',
+        'encoder': 'open_clip:tiny-quickgelu',
+        'pretrained': None,
+        'input_size': 32,
+    }
+    monkeypatch.setitem(RELEASED, 'clipkd_zeroshot', options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('given', [True, False])
+def test_zero_shot_takes_a_file_of_openai_from_the_path_and_from_the_user(
+    given: bool,
+    tiny_release: None,
+    folders: dict[str, Path],
+    openai_clip: Callable[..., nn.Module],
+    openai_archive: Callable[[nn.Module, int, Path], Path],
+    photo: Tensor,
+) -> None:
+    name = 'openai.pt' if given else 'clipkd_zeroshot.safetensors'
+    folders['user'].mkdir()
+    path = openai_archive(openai_clip(), 32, folders['user'] / name)
+    metric = CLIPKDMetric(
+        'clipkd_zeroshot', pretrained_model_path=path if given else None
+    )
+    assert not metric.training
+    expected = CLIPLikert(
+        'open_clip:tiny-quickgelu', pretrained=str(path), input_size=32
+    ).eval()
+    assert torch.equal(metric(photo), expected(photo))
+
+
+def test_zero_shot_without_a_file_is_built_as_released(
+    tiny_release: None, folders: dict[str, Path]
+) -> None:
+    metric = CLIPKDMetric('clipkd_zeroshot', temperature=0.5)
+    assert isinstance(metric, CLIPLikert)
+    assert not metric.training
+    assert metric.head.get_buffer('temperature').item() == 0.5
 
 
 # --- through the host -----------------------------------------------------------
