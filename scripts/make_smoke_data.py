@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 from pathlib import Path
 
 import numpy as np
 import skimage
-from PIL import Image, ImageFilter
+from PIL import Image
+
+from pyiqa_clipkd import degradations
 
 PHOTOGRAPHS = (
     'astronaut.png',
@@ -40,15 +41,10 @@ def degrade(image: Image.Image, kind: int, strength: float, seed: int) -> Image.
     if strength == 0:
         return image
     if kind == 0:
-        return image.filter(ImageFilter.GaussianBlur(5 * strength))
+        return degradations.blur(image, 5 * strength)
     if kind == 1:
-        pixels = np.asarray(image, np.float32)
-        noise = np.random.default_rng(seed).normal(0, 80 * strength, pixels.shape)
-        pixels = np.clip(pixels + noise, 0, 255)
-        return Image.fromarray(pixels.astype(np.uint8))
-    buffer = io.BytesIO()
-    image.save(buffer, 'JPEG', quality=round(60 - 57 * strength))
-    return Image.open(buffer).convert('RGB')
+        return degradations.white_noise(image, 80 * strength, seed)
+    return degradations.jpeg(image, round(60 - 57 * strength))
 
 
 def write_images(folder: Path) -> None:

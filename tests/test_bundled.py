@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
@@ -10,14 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyiqa
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from pyiqa_clipkd.degradations import PLAIN
 from pyiqa_clipkd.weights import BUNDLED_FOLDER, file_hash, read_weights
 
 NAME = 'clipkd_efficientnet_lite'
@@ -25,25 +24,6 @@ FILES = sorted(BUNDLED_FOLDER.glob('*.safetensors'))
 
 # Human scores for the build machines; nothing in the package needs them.
 BIQ2021 = Path(__file__).parents[2] / 'shared/data/biq2021'
-
-
-def blurred(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(max(image.size) / 150))
-
-
-def noisy(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image, dtype=np.float64)
-    noise = np.random.default_rng(0).normal(0, 30, pixels.shape)
-    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
-
-
-def crushed(image: Image.Image) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, 'JPEG', quality=8)
-    return Image.open(file).convert('RGB')
-
-
-DAMAGES = (blurred, noisy, crushed)
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +59,7 @@ def test_damaged_copies_score_lower(
     for image in photographs.values():
         for view in views(image):
             score = metric(as_tensor(view)).item()
-            for damage in DAMAGES:
+            for damage in PLAIN.values():
                 total += 1
                 right += metric(as_tensor(damage(view))).item() < score
     assert total == 60
