@@ -135,10 +135,15 @@ def _host_table() -> 'dict[str, Any]':
         RuntimeError: if this pyiqa is too old or too new for us.
     """
     version = _host_version()
-    if _numbers(version) < _numbers(OLDEST_HOST) or not _host_loads_plugins():
+    if _numbers(version) < _numbers(OLDEST_HOST):
         raise RuntimeError(
             f'pyiqa must be {OLDEST_HOST} or newer, but got {version}. '
             f"Upgrade it: pip install -U 'pyiqa>={OLDEST_HOST}'."
+        )
+    if not _host_loads_plugins():
+        raise RuntimeError(
+            f'pyiqa {version} loads no plugins by entry points. Upgrade pyiqa-clipkd, '
+            f"or install a pyiqa that does: pip install 'pyiqa=={OLDEST_HOST}'."
         )
     table = getattr(sys.modules[HOST_TABLE], 'DEFAULT_CONFIGS', None)
     if not isinstance(table, dict):
@@ -161,8 +166,10 @@ def _host_loads_plugins() -> bool:
     from importlib import import_module
     from inspect import signature
 
-    registry = import_module('pyiqa.utils.registry').Registry
-    return 'entry_point_group' in signature(registry).parameters
+    registry = getattr(import_module('pyiqa.utils.registry'), 'Registry', None)
+    return registry is not None and (
+        'entry_point_group' in signature(registry).parameters
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -76,19 +76,26 @@ def iterations_that_run(opt: dict[str, Any]) -> int:
     return min(total, (epochs + 1) * in_an_epoch)
 
 
-def check_validation_sets(opt: dict[str, Any]) -> None:
-    """An empty validation set would only be noticed after the whole training.
+def check_data_sets(opt: dict[str, Any]) -> None:
+    """Find an empty side of a split and wrong labels before the work, not after it.
 
     Raises:
-        ValueError: if a validation set has no images.
+        ValueError: if a data set has no images, or labels outside [0, 1].
     """
     for phase, data in opt['datasets'].items():
-        if phase.split('_')[0] == 'val' and len(build_dataset(data)) == 0:
+        rows = build_dataset(data).paths_mos
+        where = f'The data set {data["name"]} ({phase})'
+        if not rows:
+            word = data.get('override_phase') or data['phase']
             raise ValueError(
-                f'The validation set {data["name"]} ({phase}) has no images: its split '
-                f'column ({data.get("split_index")!r}) has none of the words that '
-                '`override_phase` (or `val`) asks for.'
+                f'{where} has no images: its split column '
+                f'({data.get("split_index")!r}) has no {word!r}, the word that '
+                '`override_phase` asks for.'
             )
+        try:
+            mos_to_score_range(torch.tensor([float(row[-1]) for row in rows]))
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from error
 
 
 class CLIPKDModel(GeneralIQAModel):
@@ -106,11 +113,14 @@ class CLIPKDModel(GeneralIQAModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         BaseModel.__init__(self, opt)
         self.use_ref = False
+        check_data_sets(opt)
         self.teacher = self._build_teacher()
         self.net = self.model_to_device(self._build_network())
         self.print_network(self.net)
         if path := opt['path'].get('pretrain_network'):
             self.load_network(self.net, path, opt['path'].get('strict_load', True))
+            if self.teacher is not None:  # not the anchors of an earlier teacher
+                self.get_bare_model(self.net).adopt_head(self.teacher)
         if self.is_train:
             self.init_training_settings()
         else:
@@ -188,7 +198,6 @@ class CLIPKDModel(GeneralIQAModel):
     def init_training_settings(self) -> None:
         train_opt = self.opt['train']
         self.total_iterations = iterations_that_run(self.opt)
-        check_validation_sets(self.opt)
         self.cri_metric = None
         if self.teacher is None:
             self.cri_mos = self._build_loss('mos_loss_opt')
@@ -203,6 +212,8 @@ class CLIPKDModel(GeneralIQAModel):
         self.net.train()
         self.net_best = build_network(self._without_weights(self.opt['network']))
         self.net_best.to(self.device)
+        # What the weights decided (QuickGELU, levels) belongs to their copy, too.
+        self.net_best.config = self.get_bare_model(self.net).config
         self._cosine_floor: float | None = None
         self.setup_optimizers()
         self.setup_schedulers()
@@ -313,7 +324,8 @@ class CLIPKDModel(GeneralIQAModel):
     def test(self) -> None:
         self.net.eval()
         with torch.no_grad():
-            self.output_score = self.net(self.img_input)
+            # Not the parallel wrapper: one process validates alone.
+            self.output_score = self.get_bare_model(self.net)(self.img_input)
         self.net.train(self.is_train)
 
     def validation(

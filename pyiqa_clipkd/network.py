@@ -76,8 +76,15 @@ class QualityNetwork(nn.Module):
         output = self.head(self.embed(img))
         return output if return_details else output.score
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """`config`, with the temperature that the head really has."""
+        if isinstance(self.head, LikertHead):
+            return {**self.config, 'temperature': float(self.head.temperature)}
+        return self.config
+
     def get_extra_state(self) -> Tensor:
-        return encode_config(self.config)
+        return encode_config(self.description)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to do: the description in a checkpoint is for `load_network`."""
@@ -250,10 +257,7 @@ class CLIPKDStudent(QualityNetwork):
             )
         mine.copy_(theirs)
         self.head.temperature.copy_(teacher.head.temperature)
-        self.config.update(
-            levels=teacher.config['levels'],
-            temperature=float(teacher.head.temperature),
-        )
+        self.config['levels'] = teacher.config['levels']
 
 
 class _ImageTower(Encoder):

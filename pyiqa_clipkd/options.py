@@ -103,7 +103,10 @@ def _apply(options: dict[str, Any], override: str) -> None:
 def _value(text: str) -> Any:
     if text.lower() in ('~', 'none', ''):
         return None
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f'The value {text!r} of an override is no YAML.') from error
     return float(text) if isinstance(value, str) and NUMBER.fullmatch(text) else value
 
 

@@ -63,24 +63,29 @@ def run_record(
         results: data set -> metric -> value and iteration.
         seconds: of this process; a resumed run took longer in all.
     """
-    commit = subprocess.run(
-        ['git', 'rev-parse', '--short=10', 'HEAD'],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         'command': ' '.join(['python', *sys.argv]),
         'results': results,
         'seconds': round(seconds),
-        'commit': commit or None,
+        'commit': _commit(),
         'version': __version__,
         'torch': torch.__version__,
         'gpus': options['num_gpu'],
         'threads': torch.get_num_threads(),
         'options': options,
     }
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; `None` where the package isn't in one."""
+    checkout = Path(__file__).resolve().parents[1]
+    git = ['git', '-C', str(checkout), 'rev-parse', '--show-toplevel', 'HEAD']
+    try:
+        result = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    top, commit = result.stdout.split('\n')[:2]
+    return commit if Path(top) == checkout else None
 
 
 def test(argv: Sequence[str] | None = None) -> None:  # noqa: PT028 - no test
@@ -102,6 +107,17 @@ def train_nsplits(argv: Sequence[str] | None = None) -> None:
 
     keep_freed_memory()
     with _host_arguments(argv) as options, _exact_resume(host):
+        if '--launcher' in sys.argv:
+            raise ValueError(
+                'train_nsplits runs in one process. For `--launcher` run train once a '
+                'split, with `data:split_index=` and a `name=` for each.'
+            )
+        teacher = str((options.get('teacher') or {}).get('weights') or '{split}')
+        if '{split}' not in teacher and options['split_num'] > 1:
+            raise ValueError(
+                f'`teacher: weights` must contain {{split}}, but got {teacher!r}: a '
+                "teacher of one split has seen the other splits' test images."
+            )
         host_nsplits.train_nsplits(os.getcwd())
     _append_medians(Path(options['save_final_results_path']))
 
@@ -138,7 +154,9 @@ def _host_arguments(argv: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     options = load_options(args.opt, args.force_yml)
     with tempfile.TemporaryDirectory() as folder:
         expanded = Path(folder) / Path(args.opt).name
-        expanded.write_text(yaml.safe_dump(options, sort_keys=False))
+        command = ' '.join(['python', *(sys.argv if argv is None else argv)])
+        text = yaml.safe_dump(options, sort_keys=False)
+        expanded.write_text(f'# {command}\n{text}')
         with mock.patch.object(
             sys, 'argv', [sys.argv[0], '-opt', str(expanded), *rest]
         ):
@@ -206,17 +224,21 @@ def load_training_state(opt: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class EpochSampler(Sampler):
-    """The host's sampler, from the middle of an epoch on: yields (epoch, index)."""
+    """The host's sampler, from the middle of an epoch on.
+
+    Yields (epoch, position in the epoch, index): an enlarged epoch repeats indices.
+    """
 
     def __init__(self, sampler: Any, start_epoch: int, done: int) -> None:
         self.sampler = sampler
         self.start_epoch = start_epoch
         self.done = done
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         epoch = self.sampler.epoch
         skip = self.done if epoch == self.start_epoch else 0
-        return ((epoch, index) for index in islice(self.sampler, skip, None))
+        rest = islice(enumerate(self.sampler), skip, None)
+        return ((epoch, position, index) for position, index in rest)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -226,7 +248,7 @@ class EpochSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """Augmentation that depends on seed, epoch and index alone.
+    """Augmentation that depends on seed, epoch, position and index alone.
 
     So it is the same for any number of workers, and after a resume.
     """
@@ -236,13 +258,12 @@ class SeededDataset(Dataset):
         self.opt = dataset.opt
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        seed = hash((self.seed, epoch, index)) % 2**32
+    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+        seed = hash((self.seed, *key)) % 2**32
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        return self.dataset[index]
+        return self.dataset[key[-1]]
 
     def __len__(self) -> int:
         return len(self.dataset)

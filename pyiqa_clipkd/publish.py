@@ -63,7 +63,7 @@ def publish(
     tensors = _stored(network, precision)
     metadata = {
         'name': name,
-        'config': network.config,
+        'config': network.description,
         'preprocessing': {
             'resize': f'shorter side to {network.config["input_size"]}, bicubic, '
             'antialiased; centre crop',
@@ -125,7 +125,9 @@ def model_card(path: Path, metadata: Mapping[str, Any]) -> str:
         **metadata['card'],
     }
     lines = [f'# {metadata["name"]}', '', '| | |', '|---|---|']
-    lines += [f'| {key} | {value} |' for key, value in rows.items()]
+    for key, value in rows.items():
+        text = ' '.join(str(value).replace('|', r'\|').split())
+        lines.append(f'| {key} | {text} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -144,9 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--card', help='JSON file with further rows of the model card')
     args = parser.parse_args(argv)
     card = {'Data': args.data, 'Licence': args.licence, 'Results': args.results}
-    if args.card:
-        card |= json.loads(Path(args.card).read_text(encoding='utf-8'))
     try:
+        if args.card:
+            card |= json.loads(Path(args.card).read_text(encoding='utf-8'))
         path = publish(
             args.checkpoint,
             args.name,
@@ -154,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             precision=args.precision,
             card=card,
         )
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f'{path} ({path.stat().st_size / 1e6:.2f} MB, SHA-256 {file_hash(path)})')
     print(f'Try it: pyiqa {args.name} -t PHOTO')

@@ -38,7 +38,7 @@ UNFIT_HOSTS = [
     ),
     pytest.param(
         NO_PLUGINS,
-        ['pyiqa must be 0.1.16 or newer', "'pyiqa>=0.1.16'"],
+        ['loads no plugins by entry points', "'pyiqa==0.1.16'"],
         id='no plugins',
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,16 @@ def built(options: dict[str, Any]) -> CLIPKDModel:
 
 
 def test_distillation_moves_the_student_and_nothing_else(
-    data: Path, steps: list[dict[str, Any]]
+    data: Path, steps: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started: list[dict[str, torch.Tensor]] = []
+    original = CLIPKDModel.init_training_settings
+
+    def init_training_settings(self: CLIPKDModel) -> None:
+        original(self)
+        started.append({k: v.clone() for k, v in self.net.state_dict().items()})
+
+    monkeypatch.setattr(CLIPKDModel, 'init_training_settings', init_training_settings)
     before = read_weights(data / 'teacher.pth').tensors
     results = run(student_options(data))
     after = checkpoint('student')
@@ -80,15 +89,9 @@ def test_distillation_moves_the_student_and_nothing_else(
     assert all(math.isfinite(value) for step in steps for value in step.values())
     assert {'l_soft', 'l_hard', 'l_total', 'soft_weight', 'lr'} <= steps[0].keys()
     assert -1 <= results['tiny']['srcc']['val'] <= 1
-    torch.manual_seed(7)
-    start = student_options(data)['network']
-    start.pop('type')
-    from pyiqa_clipkd.network import CLIPKDStudent
-
-    moved = CLIPKDStudent(**start, embed_dim=24).state_dict()
-    assert not torch.equal(
-        moved['encoder.projection.weight'], after['encoder.projection.weight']
-    )
+    trained = [name for name in after if name.startswith('encoder.projection')]
+    assert len(trained) == 2
+    assert not any(torch.equal(started[0][name], after[name]) for name in trained)
 
 
 def test_the_terms_and_the_schedule_reach_tensorboard(data: Path) -> None:
@@ -151,14 +154,75 @@ def test_fewer_images_than_a_batch_is_an_error_that_names_the_option(
         run(options)
 
 
-def test_an_empty_validation_set_is_an_error_before_the_training(
-    data: Path, steps: list[dict[str, Any]]
+@pytest.mark.parametrize(
+    ('wrong', 'message'),
+    [
+        ({'override_phase': 'val'}, r"\(val\) has no images.*no 'val'.*override_phase"),
+        ({'mos_range': [0, 0.1]}, r'\(val\): Labels must be in \[0, 1\]'),
+    ],
+)
+def test_a_wrong_validation_set_is_an_error_before_the_training(
+    data: Path, steps: list[dict[str, Any]], wrong: dict[str, Any], message: str
 ) -> None:
     options = student_options(data)
-    options['datasets']['val']['override_phase'] = 'val'
-    with pytest.raises(ValueError, match=r'has no images.*override_phase'):
+    options['datasets']['val'] |= wrong
+    with pytest.raises(ValueError, match=message):
         run(options)
     assert not steps
+
+
+def test_an_empty_test_set_is_an_error_that_names_the_option(data: Path) -> None:
+    options = student_options(data)
+    options['datasets'] = {'test': options['datasets']['val'] | {'split_index': 1}}
+    options['datasets']['test']['override_phase'] = 'val'
+    del options['train'], options['teacher']
+    with pytest.raises(ValueError, match=r'has no images.*override_phase'):
+        pipeline.test(['-opt', str(write_options(Path('test.yml'), options))])
+
+
+def test_the_best_checkpoint_scores_as_the_network_that_was_trained(
+    data: Path, openai_clip: Callable[..., torch.nn.Module]
+) -> None:
+    """QuickGELU came from the weights: their copy must keep it."""
+    state = openai_clip().state_dict()
+    numbers = {'input_resolution': 32, 'context_length': 77, 'vocab_size': 49408}
+    torch.save(state | {k: torch.tensor(v) for k, v in numbers.items()}, 'clip.pt')
+    options = student_options(data, mos_loss_opt={'type': 'MSELoss'}, total_epoch=1)
+    del options['teacher']
+    options['network'] = {
+        'type': 'CLIPLikert',
+        'encoder': 'open_clip:tiny',
+        'pretrained': 'clip.pt',
+        'input_size': 32,
+    }
+    options['val']['val_freq'] = 1000
+    run(options)
+    folder = Path('experiments/student/models')
+    best, latest = (load_network(folder / f'net_{n}.pth') for n in ('best', 'latest'))
+    assert best.config['quick_gelu'] is True
+    image = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(best(image), latest(image))
+
+
+def test_a_checkpoint_states_the_temperature_that_it_has(data: Path) -> None:
+    run(student_options(data, total_epoch=1))
+    best = load_network('experiments/student/models/net_best.pth')
+    assert best.config['temperature'] == pytest.approx(0.05)
+    assert best.state_dict()['head.temperature'] == pytest.approx(0.05)
+
+
+def test_a_student_of_another_teacher_gets_the_anchors_of_this_one(data: Path) -> None:
+    first = built(student_options(data))
+    with torch.no_grad():
+        first.net.head.anchors.add_(1)
+    torch.save({'params': first.net.state_dict()}, data / 'earlier.pth')
+    options = student_options(data)
+    options['path']['pretrain_network'] = str(data / 'earlier.pth')
+    model = built(options)
+    assert model.teacher is not None
+    theirs = model.teacher.state_dict()['head.anchors']
+    assert torch.equal(model.net.head.anchors, theirs)
 
 
 def test_the_teacher_of_the_same_split_is_taken(data: Path) -> None:

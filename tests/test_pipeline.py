@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,9 +38,9 @@ class CountingSampler:
 def test_the_sampler_leaves_out_what_the_interrupted_epoch_had_seen() -> None:
     sampler = pipeline.EpochSampler(CountingSampler(), start_epoch=1, done=4)
     sampler.set_epoch(1)
-    assert list(sampler) == [(1, 14), (1, 15)]
+    assert list(sampler) == [(1, 4, 14), (1, 5, 15)]
     sampler.set_epoch(2)
-    assert list(sampler) == [(2, i) for i in range(20, 26)]
+    assert list(sampler) == [(2, i, 20 + i) for i in range(6)]
 
 
 class RandomDataset:
@@ -53,13 +55,13 @@ class RandomDataset:
         return 5
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
+def test_augmentation_depends_on_seed_epoch_position_and_index_alone() -> None:
     data = pipeline.SeededDataset(RandomDataset(), seed=1)
     again = pipeline.SeededDataset(RandomDataset(), seed=1)
     torch.rand(3)
-    assert data[0, 1] == again[0, 1]
-    assert len({data[0, 1], data[1, 1], data[0, 2]}) == 3
-    assert pipeline.SeededDataset(RandomDataset(), seed=2)[0, 1] != data[0, 1]
+    assert data[0, 0, 1] == again[0, 0, 1]
+    assert len({data[0, 0, 1], data[1, 0, 1], data[0, 0, 2], data[0, 5, 1]}) == 4
+    assert pipeline.SeededDataset(RandomDataset(), seed=2)[0, 0, 1] != data[0, 0, 1]
 
 
 def test_the_newest_state_with_weights_is_resumed(tmp_path: Path) -> None:
@@ -154,6 +156,9 @@ def test_n_splits_report_the_median(
     write_teacher(tmp_path / 'data')
     options = student_options(tmp_path / 'data')
     options |= {'split_num': 2, 'save_final_results_path': 'experiments/splits.txt'}
+    for split in ('00', '01'):
+        shutil.copy('data/teacher.pth', f'data/teacher_Split{split}.pth')
+    options['teacher']['weights'] = 'data/teacher_Split{split}.pth'
     pipeline.train_nsplits(['-opt', str(write_options(Path('n.yml'), options))])
     lines = Path('experiments/splits.txt').read_text().splitlines()
     rows = [line.split('\t') for line in lines if line.startswith('tiny\t')]
@@ -165,5 +170,38 @@ def test_n_splits_report_the_median(
     )
 
 
-def test_keeping_freed_memory_is_possible_or_declined() -> None:
-    assert pipeline.keep_freed_memory() in (True, False)
+@pytest.mark.parametrize(
+    ('change', 'flags', 'message'),
+    [
+        ({}, [], r'must contain \{split\}'),
+        ({'teacher': None}, ['--launcher', 'pytorch'], 'runs in one process'),
+    ],
+)
+def test_n_splits_refuse_what_would_go_wrong(
+    tmp_path: Path, change: dict[str, Any], flags: list[str], message: str
+) -> None:
+    options = student_options(tmp_path) | {'split_num': 2} | change
+    file = write_options(tmp_path / 'n.yml', options)
+    with pytest.raises(ValueError, match=message):
+        pipeline.train_nsplits(['-opt', str(file), *flags])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='a setting of glibc')
+def test_glibc_takes_the_memory_settings() -> None:
+    code = 'from pyiqa_clipkd import pipeline; print(pipeline.keep_freed_memory())'
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split()[-1] == 'True'
+
+
+def test_the_experiment_keeps_the_command_that_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'data')
+    write_teacher(tmp_path / 'data')
+    options = write_options(Path('mine.yml'), student_options(tmp_path / 'data'))
+    pipeline.train(['-opt', str(options), '--force_yml', 'train:total_epoch=1'])
+    kept = Path('experiments/student/mine.yml').read_text()
+    assert '-opt mine.yml --force_yml train:total_epoch=1' in kept
