@@ -7,6 +7,7 @@ turn. Writes the raw figures as JSON with `-o`.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from pyiqa_clipkd._build import startup_files
 
 METRIC = 'clipkd_efficientnet_lite'
 
@@ -65,20 +68,27 @@ def run(code: str, *arguments: str, **variables: str) -> list[float]:
 
 
 def start_up(repeats: int) -> dict[str, float]:
-    """Milliseconds of a bare `python -c pass`, with and without the start-up hook."""
-    times: dict[str, list[float]] = {'1': [], '0': []}
-    for _ in range(repeats):
-        for value in times:
-            start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, '-c', 'pass'],
-                check=True,
-                env={**os.environ, 'PYIQA_CLIPKD_AUTOLOAD': value},
-            )
-            times[value].append(1000 * (time.perf_counter() - start))
-    on, off = (statistics.median(times[value]) for value in ('1', '0'))
-    pairs = [a - b for a, b in zip(times['1'], times['0'], strict=True)]
-    return {'with': on, 'without': off, 'cost': statistics.median(pairs)}
+    """Milliseconds of a Python that does nothing, with and without the start-up files.
+
+    Both read a folder as site-packages; one of them holds our files.
+    """
+    times: dict[str, list[float]] = {'with': [], 'without': []}
+    with tempfile.TemporaryDirectory() as root:
+        for side in times:
+            Path(root, side).mkdir()
+        for name, text in startup_files().items():
+            Path(root, 'with', name).write_text(text)
+        compileall.compile_dir(root, quiet=1)  # as pip does
+        for _ in range(repeats):
+            for side in times:
+                code = f'import site; site.addsitedir({str(Path(root, side))!r})'
+                start = time.perf_counter()
+                subprocess.run([sys.executable, '-S', '-c', code], check=True)
+                times[side].append(1000 * (time.perf_counter() - start))
+    pairs = zip(times['with'], times['without'], strict=True)
+    return {side: statistics.median(values) for side, values in times.items()} | {
+        'cost': statistics.median(a - b for a, b in pairs)
+    }
 
 
 def create_metric(repeats: int) -> dict[str, float]:
