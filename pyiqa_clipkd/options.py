@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,21 @@ DATA = 'data'
 NUMBER = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?')
 
 
-def load_options(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read an option file with everything it builds on.
+def load_options(
+    paths: str | Path | Sequence[str | Path], overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Read one or more option files with everything they build on.
 
     A file may start with `_base_: [FILE, ...]`, paths relative to itself. Later files
     win over earlier ones, the file itself over all of them, and overrides over the
     file; mappings are merged by key, everything else is replaced. Then each of
-    `datasets` gets what it doesn't say itself from `data`. `{encoder}` in `name`
-    becomes the encoder of `network`, `{name}` in `save_final_results_path` the name.
+    `datasets` gets what it doesn't say itself from `data`.
+
+    In `name` and in the paths of weights `{encoder}` becomes the encoder of `network`
+    and `{data}` the name of `data`; in `save_final_results_path`, `{name}` the name.
 
     Args:
-        path: the option file.
+        paths: the option file, or several: a recipe, then for instance one's own data.
         overrides: `key:key=value`, as for the host's `--force_yml`.
 
     Raises:
@@ -36,20 +40,36 @@ def load_options(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, A
         ValueError: if a file is no mapping, builds on itself, or an override is wrong;
             if the options have no `name`.
     """
-    options = _load(Path(path), ())
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    options: dict[str, Any] = {}
+    for path in paths:
+        options = _merged(options, _load(Path(path), ()))
     for override in overrides:
         _apply(options, override)
     if not options.get('name'):
-        raise ValueError(f'{path} must give a `name`, the folder of the results.')
-    encoder = str((options.get('network') or {}).get('encoder', ''))
-    encoder = re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1])
-    options['name'] = str(options['name']).replace('{encoder}', encoder)
-    if results := options.get('save_final_results_path'):
-        options['save_final_results_path'] = results.replace('{name}', options['name'])
+        names = ', '.join(str(path) for path in paths)
+        raise ValueError(f'{names} must give a `name`, the folder of the results.')
     data = options.pop(DATA, {})
+    encoder = str((options.get('network') or {}).get('encoder', ''))
+    words = {
+        '{encoder}': re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1]),
+        '{data}': str(data.get('name', 'data')),
+    }
+    _fill(options, 'name', words)
+    words['{name}'] = options['name']
+    _fill(options, 'save_final_results_path', words)
+    _fill(options.get('path') or {}, 'pretrain_network', words)
+    _fill(options.get('teacher') or {}, 'weights', words)
     for key, own in (options.get('datasets') or {}).items():
         options['datasets'][key] = _merged(_unshared(data), own or {})
     return options
+
+
+def _fill(place: dict[str, Any], key: str, words: dict[str, str]) -> None:
+    for word, value in words.items():
+        if place.get(key):
+            place[key] = str(place[key]).replace(word, value)
 
 
 def _load(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:

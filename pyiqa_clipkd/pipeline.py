@@ -146,14 +146,14 @@ def _host_arguments(argv: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     parser = argparse.ArgumentParser(
         description='Flags: those of pyiqa (--auto_resume, --debug, --launcher).'
     )
-    parser.add_argument('-opt', required=True, help='option file')
+    parser.add_argument('-opt', required=True, nargs='+', help='option file or files')
     parser.add_argument(
         '--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE', help='overrides'
     )
     args, rest = parser.parse_known_args(argv)
     options = load_options(args.opt, args.force_yml)
     with tempfile.TemporaryDirectory() as folder:
-        expanded = Path(folder) / Path(args.opt).name
+        expanded = Path(folder) / Path(args.opt[0]).name
         command = ' '.join(['python', *(sys.argv if argv is None else argv)])
         text = yaml.safe_dump(options, sort_keys=False)
         expanded.write_text(f'# {command}\n{text}')

@@ -212,3 +212,22 @@ def test_the_module_prints_the_whole_options(tmp_path: Path) -> None:
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert '&' not in printed
     assert yaml.safe_load(printed) == load_options(path, ['c:b=1e-4'])
+
+
+def test_several_files_are_merged_in_their_order(tmp_path: Path) -> None:
+    (tmp_path / 'recipe.yml').write_text(
+        'name: student_{data}\n'
+        'data: {name: theirs, mos_range: [1, 100]}\n'
+        'datasets: {train: {}}\n'
+        "teacher: {weights: 'experiments/teacher_{data}_Split{split}/net_best.pth'}\n"
+    )
+    (tmp_path / 'mine.yml').write_text('data: {name: mine, dataroot_target: photos}\n')
+    options = load_options([tmp_path / 'recipe.yml', tmp_path / 'mine.yml'])
+    assert options['name'] == 'student_mine'
+    weights = 'experiments/teacher_mine_Split{split}/net_best.pth'
+    assert options['teacher']['weights'] == weights
+    assert options['datasets']['train'] == {
+        'name': 'mine',
+        'mos_range': [1, 100],
+        'dataroot_target': 'photos',
+    }
