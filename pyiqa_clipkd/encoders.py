@@ -36,6 +36,9 @@ WEIGHT_PACKAGES = {
 # Entries of OpenAI's state dicts that are numbers, not weights.
 OPENAI_NUMBERS = ('input_resolution', 'context_length', 'vocab_size')
 
+# A text tower of open_clip that costs nothing and needs no download.
+TEXT_STUB = {'context_length': 1, 'vocab_size': 1, 'width': 8, 'heads': 1, 'layers': 1}
+
 
 def resolve_encoder(name: str) -> str:
     """The full name of an encoder: presets are looked up, others need their family.
@@ -171,7 +174,11 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
 
 
 def build_open_clip_model(
-    encoder: str, pretrained: str | Path | None, *, quick_gelu: bool = False
+    encoder: str,
+    pretrained: str | Path | Weights | None,
+    *,
+    quick_gelu: bool = False,
+    text: bool = True,
 ) -> nn.Module:
     """An open_clip model with both towers, QuickGELU where its weights need it.
 
@@ -179,8 +186,10 @@ def build_open_clip_model(
         encoder: full name, `open_clip:...`.
         pretrained: `None` (random), a tag of open_clip (`openai`, `laion2b_s34b_b79k`),
             which may download, or a file in OpenAI's form (TorchScript archive or state
-            dict), open_clip's, or safetensors.
+            dict), open_clip's, or safetensors, or its content.
         quick_gelu: use QuickGELU even where neither name nor weights ask for it.
+        text: with `pretrained=None`, `False` puts a tiny stub in place of the text
+            tower, for callers that need the image tower alone.
 
     Raises:
         ValueError: if the model is unknown or the file doesn't fit.
@@ -195,9 +204,9 @@ def build_open_clip_model(
             f'`encoder`: open_clip {open_clip.__version__} has no model {name!r}.'
         )
     if pretrained is None:
-        return _random_model(name, quick_gelu)
+        return _random_model(name, quick_gelu, text)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if str(pretrained) in tags:
+    if not isinstance(pretrained, Weights) and str(pretrained) in tags:
         tag = str(pretrained)
         quick_gelu |= bool(open_clip.get_pretrained_cfg(name, tag).get('quick_gelu'))
         return _downloaded(
@@ -208,12 +217,15 @@ def build_open_clip_model(
             option='`pretrained` (or `pretrained_model_path`, or as '
             'clipkd_zeroshot.safetensors in the weights folder)',
         )
-    if not Path(pretrained).expanduser().is_file():
+    if isinstance(pretrained, Weights):
+        weights = pretrained
+    elif Path(pretrained).expanduser().is_file():
+        weights = read_weights(pretrained)
+    else:
         raise FileNotFoundError(
             f'`pretrained` must be a file or one of the tags {", ".join(tags)} of '
             f'{name}, but got {str(pretrained)!r}.'
         )
-    weights = read_weights(pretrained)
     quick_gelu |= _is_openai(weights)
     model = _random_model(name, quick_gelu)
     tensors = {k: v for k, v in weights.tensors.items() if k not in OPENAI_NUMBERS}
@@ -221,12 +233,12 @@ def build_open_clip_model(
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
-            f'`pretrained`: {pretrained} does not fit {name}: {error}'
+            f'`pretrained`: {weights.source} does not fit {name}: {error}'
         ) from error
     return model
 
 
-def _random_model(name: str, quick_gelu: bool) -> nn.Module:
+def _random_model(name: str, quick_gelu: bool, text: bool = True) -> nn.Module:
     """open_clip warns of random weights; here they are wanted, or replaced next."""
     import open_clip
 
@@ -236,7 +248,11 @@ def _random_model(name: str, quick_gelu: bool) -> nn.Module:
     root = logging.getLogger()
     root.addFilter(keep)
     try:
-        return open_clip.create_model(name, force_quick_gelu=quick_gelu)
+        return open_clip.create_model(
+            name,
+            force_quick_gelu=quick_gelu,
+            **({} if text else {'text_cfg': dict(TEXT_STUB)}),
+        )
     finally:
         root.removeFilter(keep)
 
@@ -244,6 +260,13 @@ def _random_model(name: str, quick_gelu: bool) -> nn.Module:
 def _is_openai(weights: Weights) -> bool:
     """OpenAI's files carry three numbers beside the tensors; open_clip's don't."""
     return weights.torchscript or any(n in weights.tensors for n in OPENAI_NUMBERS)
+
+
+def open_clip_embed_dim(encoder: str) -> int:
+    """Width of the embedding of an open_clip model."""
+    import open_clip
+
+    return int(open_clip.get_model_config(encoder.removeprefix(OPEN_CLIP))['embed_dim'])
 
 
 def has_quick_gelu(model: nn.Module) -> bool:

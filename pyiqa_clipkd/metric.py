@@ -47,8 +47,9 @@ def CLIPKDMetric(  # noqa: N802 - the host builds it by this name, like a class
         logger.info(f'{name}: weights {options["pretrained"]!r} of open_clip.')
         return build_from_config(options).eval()
     logger.info(f'{name}: weights {path.name}, SHA-256 {file_hash(path)[:8]}.')
-    if name in RELEASED and 'config' not in read_weights(path).metadata:
+    weights = read_weights(path)
+    if name in RELEASED and 'config' not in weights.metadata:
         return build_from_config(
-            {**RELEASED[name], **changes, 'pretrained': str(path)}
+            {**RELEASED[name], **changes, 'pretrained': weights}
         ).eval()
-    return load_network(path, **changes)
+    return load_network(weights, **changes)

@@ -134,6 +134,11 @@ class CLIPKDModel(GeneralIQAModel):
             return None
         if weights := options.pop('weights', None):
             teacher = load_network(self._of_this_split(weights), **options)
+        elif 'type' not in options:
+            raise ValueError(
+                '`teacher` must give `weights`, a file, or a network with its `type`, '
+                f'but got {self.opt["teacher"]}.'
+            )
         else:
             teacher = build_network(options)
         return teacher.to(self.device).eval().requires_grad_(False)

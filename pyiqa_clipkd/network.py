@@ -16,11 +16,12 @@ from pyiqa_clipkd.encoders import (
     build_timm_encoder,
     clip_anchors,
     has_quick_gelu,
+    open_clip_embed_dim,
     resolve_encoder,
 )
 from pyiqa_clipkd.head import LikertHead, QualityOutput, RegressionHead, arc_anchors
 from pyiqa_clipkd.preprocessing import CLIPPreprocessing
-from pyiqa_clipkd.weights import encode_config, read_weights
+from pyiqa_clipkd.weights import Weights, encode_config, read_weights
 
 # Equation 1.
 TEMPLATE = 'a photo of {} quality'
@@ -76,15 +77,8 @@ class QualityNetwork(nn.Module):
         output = self.head(self.embed(img))
         return output if return_details else output.score
 
-    @property
-    def description(self) -> dict[str, Any]:
-        """`config`, with the temperature that the head really has."""
-        if isinstance(self.head, LikertHead):
-            return {**self.config, 'temperature': float(self.head.temperature)}
-        return self.config
-
     def get_extra_state(self) -> Tensor:
-        return encode_config(self.description)
+        return encode_config(self.config)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to do: the description in a checkpoint is for `load_network`."""
@@ -97,7 +91,8 @@ class CLIPLikert(QualityNetwork):
         encoder: `open_clip:` and a model name. `timm:` and a model name gives a teacher
             without CLIP: a linear projection and learned anchors.
         pretrained: of an open_clip encoder: a tag (downloads if it isn't cached), a
-            local file, or `None` for random weights.
+            local file or its content, or `None` for random weights (and so for random
+            anchors).
         template: prompt with one `{}` for the level (open_clip encoders).
         levels: words from worst to best.
         input_size: side in pixels of the square that the encoder sees.
@@ -106,6 +101,8 @@ class CLIPLikert(QualityNetwork):
         quick_gelu: of an open_clip encoder: use QuickGELU even where neither its name
             nor its weights ask for it.
         temperature: of the softmax; `None` takes CLIP's own, 0.05 for a timm encoder.
+        text_anchors: of an open_clip encoder: `False` encodes no prompts and needs no
+            tokenizer. The anchors are a fixed arc then, until a checkpoint is loaded.
 
     The text tower is used once, for the anchors, and dropped. Anchors from text and
     the temperature are frozen; anchors of a timm encoder are learned.
@@ -115,7 +112,7 @@ class CLIPLikert(QualityNetwork):
         self,
         encoder: str = 'open_clip:ViT-B-32-quickgelu',
         *,
-        pretrained: str | None = 'openai',
+        pretrained: str | Path | Weights | None = 'openai',
         template: str = TEMPLATE,
         levels: Sequence[str] = LEVELS,
         input_size: int = 224,
@@ -123,6 +120,7 @@ class CLIPLikert(QualityNetwork):
         embed_dim: int = 512,
         quick_gelu: bool = False,
         temperature: float | None = None,
+        text_anchors: bool = True,
     ) -> None:
         encoder = resolve_encoder(encoder)
         levels = _checked_levels(levels)
@@ -133,11 +131,15 @@ class CLIPLikert(QualityNetwork):
         body: nn.Module
         if encoder.startswith(OPEN_CLIP):
             model: Any = build_open_clip_model(
-                encoder, pretrained, quick_gelu=quick_gelu
+                encoder, pretrained, quick_gelu=quick_gelu, text=text_anchors
             )
             # Its weights may have asked for it: a checkpoint must be rebuilt alike.
             quick_gelu = has_quick_gelu(model)
-            anchors = clip_anchors(model, encoder, [template.format(x) for x in levels])
+            if text_anchors:
+                prompts = [template.format(level) for level in levels]
+                anchors = clip_anchors(model, encoder, prompts)
+            else:
+                anchors = arc_anchors(len(levels), open_clip_embed_dim(encoder))
             if temperature is None:
                 temperature = float(1 / model.logit_scale.detach().exp())
             body = _ImageTower(model.visual, anchors.shape[1], encoder, input_size)
@@ -257,7 +259,8 @@ class CLIPKDStudent(QualityNetwork):
             )
         mine.copy_(theirs)
         self.head.temperature.copy_(teacher.head.temperature)
-        self.config['levels'] = teacher.config['levels']
+        for key in ('levels', 'temperature'):
+            self.config[key] = teacher.config[key]
 
 
 class _ImageTower(Encoder):
@@ -288,13 +291,17 @@ BUILDERS = {'CLIPLikert': CLIPLikert, 'CLIPKDStudent': CLIPKDStudent}
 
 
 def build_from_config(config: Mapping[str, Any], **changes: Any) -> QualityNetwork:
-    """Build a network, without weights, from the description in its checkpoint.
+    """Build a network from the description in its checkpoint.
+
+    Without `pretrained` no prompts are encoded either: the checkpoint has the anchors.
 
     Raises:
         ValueError: if `config` doesn't name one of our networks.
     """
     options = {**config, **changes}
     builder = BUILDERS.get(options.pop('type', None))
+    if builder is CLIPLikert and options.get('pretrained', '') is None:
+        options.setdefault('text_anchors', False)
     if builder is None:
         raise ValueError(
             f'The type of a network must be one of {", ".join(BUILDERS)}, but got '
@@ -303,11 +310,11 @@ def build_from_config(config: Mapping[str, Any], **changes: Any) -> QualityNetwo
     return builder(**options)
 
 
-def load_network(path: str | Path, **changes: Any) -> QualityNetwork:
+def load_network(path: str | Path | Weights, **changes: Any) -> QualityNetwork:
     """Rebuild a network from one file: a published one or a training checkpoint.
 
     Args:
-        path: the file.
+        path: the file, or what `read_weights` gave for it.
         changes: options that replace the stored ones, for instance `input_size`.
 
     Returns:
@@ -317,15 +324,16 @@ def load_network(path: str | Path, **changes: Any) -> QualityNetwork:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is refused, damaged, or not a network of ours.
     """
-    weights = read_weights(path)
+    weights = path if isinstance(path, Weights) else read_weights(path)
     config = weights.metadata.get('config')
     if config is None:
         raise ValueError(
-            f'{path} does not say which network it belongs to: it must be a checkpoint '
-            'of CLIPLikert or CLIPKDStudent, or a file written by scripts/publish.py.'
+            f'{weights.source} does not say which network it belongs to: it must be a '
+            'checkpoint of CLIPLikert or CLIPKDStudent, or a file written by '
+            'scripts/publish.py.'
         )
     network = build_from_config(config, **changes)
-    load_tensors(network, weights.tensors, path)
+    load_tensors(network, weights.tensors, weights.source)
     return network.eval()
 
 

@@ -63,7 +63,7 @@ def publish(
     tensors = _stored(network, precision)
     metadata = {
         'name': name,
-        'config': network.description,
+        'config': network.config,
         'preprocessing': {
             'resize': f'shorter side to {network.config["input_size"]}, bicubic, '
             'antialiased; centre crop',

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyiqa_clipkd.names import SUFFIX, weights_folder
+from pyiqa_clipkd.torchscript import NeedsCodeError, is_torchscript, read_torchscript
 
 BUNDLED_FOLDER = Path(__file__).parent / 'bundled'
 
@@ -22,6 +22,9 @@ BUNDLED_FOLDER = Path(__file__).parent / 'bundled'
 # a network keeps its own description in a state dict (a uint8 tensor of JSON text).
 METADATA_KEY = 'pyiqa_clipkd'
 CONFIG_KEY = '_extra_state'
+
+# Start of PyTorch's files: a zip file, or a pickle.
+TORCH_MAGIC = (b'PK', b'\x80')
 
 # Where training loops of this field put the tensors inside a checkpoint.
 WRAPPERS = ('params', 'params_ema', 'state_dict', 'model')
@@ -35,11 +38,13 @@ class Weights(NamedTuple):
         metadata: what the file says of itself: `config` (how to build the network)
             and, in published files, `card` (data, results, licence). May be empty.
         torchscript: the file was a TorchScript archive (OpenAI's form of CLIP).
+        source: the file, for messages.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     torchscript: bool = False
+    source: str = ''
 
 
 class _RefusedError(ValueError):
@@ -53,13 +58,6 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b'{' and 2 <= size <= path.stat().st_size - 8
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith('/constants.pkl') for name in archive.namelist())
-
-
 def _read_safetensors(path: Path) -> Weights:
     from safetensors import safe_open
 
@@ -70,16 +68,14 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _read_torch(path: Path) -> Weights:
-    try:
-        # Opened here, for torch.load goes by the name: not all that is called
-        # .safetensors is.
-        with path.open('rb') as file:
-            content = torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _RefusedError(
-            f'{path} is refused: it holds more than tensors and plain values, and '
-            'loading it could run code. Save its state dict alone, or as safetensors.'
-        ) from error
+    # Opened here, for torch.load goes by the name: not all that is called .safetensors
+    # is.
+    with path.open('rb') as file:
+        start = file.read(2)
+        if not start.startswith(TORCH_MAGIC):
+            raise ValueError(f'it starts with {start!r}')
+        file.seek(0)
+        content = torch.load(file, map_location='cpu', weights_only=True)
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -96,7 +92,7 @@ def _read_torch(path: Path) -> Weights:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Read a weight file. Nothing in it is ever executed as Python code.
+    """Read a weight file. No code in it is ever executed, of Python or TorchScript.
 
     Args:
         path: safetensors, a PyTorch file of tensors and plain values (a state dict or a
@@ -112,20 +108,24 @@ def read_weights(path: str | Path) -> Weights:
     try:
         if _is_safetensors(path):
             weights = _read_safetensors(path)
-        elif _is_torchscript(path):
-            archive = torch.jit.load(str(path), map_location='cpu')
-            weights = Weights(dict(archive.state_dict()), {}, torchscript=True)
+        elif is_torchscript(path):
+            weights = Weights(read_torchscript(path), {}, torchscript=True)
         else:
             weights = _read_torch(path)
         if CONFIG_KEY in weights.tensors:
             weights.metadata['config'] = decode_config(weights.tensors.pop(CONFIG_KEY))
     except _RefusedError:
         raise
+    except (pickle.UnpicklingError, NeedsCodeError) as error:
+        raise _RefusedError(
+            f'{path} is refused: it holds more than tensors and plain values, and '
+            'loading it could run code. Save its state dict alone, or as safetensors.'
+        ) from error
     except Exception as error:
         raise ValueError(
             f'{path} is damaged or no weight file ({type(error).__name__}: {error}).'
         ) from error
-    return weights
+    return weights._replace(source=str(path))
 
 
 def encode_config(config: dict[str, Any]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import pytest
@@ -13,8 +13,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pyiqa_clipkd import metric as metric_module
 from pyiqa_clipkd.encoders import OPENAI_NUMBERS
-from pyiqa_clipkd.network import CLIPLikert
+from pyiqa_clipkd.head import arc_anchors
+from pyiqa_clipkd.metric import CLIPKDMetric
+from pyiqa_clipkd.names import RELEASED
+from pyiqa_clipkd.network import CLIPLikert, build_from_config, load_network
+from pyiqa_clipkd.weights import Weights, read_weights
 
 # OpenAI's tokenizer on "a photo of {} quality".
 TOKENS = {
@@ -193,8 +198,8 @@ def test_half_precision_weights_are_computed_in_full_precision(
 def test_the_state_dict_of_the_archive_is_that_of_the_files_of_openai(
     case: Case,
 ) -> None:
-    archive = torch.jit.load(str(case.archive))
-    numbers = {name: int(archive.state_dict()[name]) for name in OPENAI_NUMBERS}
+    tensors = read_weights(case.archive).tensors
+    numbers = {name: int(tensors[name]) for name in OPENAI_NUMBERS}
     assert numbers == {
         'input_resolution': case.size,
         'context_length': 77,
@@ -250,3 +255,101 @@ def test_plain_gelu_gives_other_embeddings_and_is_left_to_other_weights(
     expected = _formula(tiny_case.clip, image)
     assert (_ours(plain, image).embedding - expected.embedding).abs().max() > 1e-3
     assert plain.config['quick_gelu'] is False
+
+
+# --- reading a teacher back -------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_teacher_comes_back_without_text_tower_and_tokenizer(
+    case: Case, photo: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = CLIPLikert(
+        case.encoder, pretrained=str(case.archive), input_size=case.size
+    ).eval()
+    torch.save({'params': network.state_dict()}, tmp_path / 'net.pth')
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError('a prompt was encoded')
+
+    built: list[nn.Module] = []
+    create_model = open_clip.create_model
+
+    def build(*args: Any, **options: Any) -> nn.Module:
+        built.append(create_model(*args, **options))
+        return built[-1]
+
+    monkeypatch.setattr(open_clip, 'get_tokenizer', fail)
+    monkeypatch.setattr(open_clip.CLIP, 'encode_text', fail)
+    monkeypatch.setattr(open_clip, 'create_model', build)
+    loaded = load_network(tmp_path / 'net.pth')
+
+    assert loaded.config == network.config
+    image = _image(case, photo)
+    assert isinstance(loaded, CLIPLikert)
+    _assert_close(_ours(loaded, image), _ours(network, image), 0)
+    # The text tower has 3 (tiny) or 63 million parameters.
+    whole, image_tower = (
+        sum(p.numel() for p in m.parameters()) for m in (*built, loaded)
+    )
+    assert whole - image_tower < 10_000
+
+
+@torch.no_grad()
+def test_random_weights_have_text_anchors_and_a_description_has_placeholders() -> None:
+    network = CLIPLikert('open_clip:tiny', pretrained=None, input_size=32)
+    arc = arc_anchors(5, 32)
+    assert not torch.equal(network.head.get_buffer('anchors'), arc)
+    assert 'text_anchors' not in network.config
+
+    rebuilt = build_from_config(network.config)
+    assert torch.equal(rebuilt.head.get_buffer('anchors'), arc)
+    assert rebuilt.config == network.config
+
+    wanted = build_from_config(network.config, text_anchors=True)
+    assert not torch.equal(wanted.head.get_buffer('anchors'), arc)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('form', ['torchscript', 'safetensors', 'ours'])
+def test_a_metric_reads_its_file_once(
+    form: str,
+    tiny_case: Case,
+    photo: Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {'encoder': tiny_case.encoder, 'input_size': tiny_case.size}
+    monkeypatch.setitem(RELEASED, 'clipkd_zeroshot', {'type': 'CLIPLikert', **options})
+    path = tiny_case.archive
+    if form == 'safetensors':
+        path = _save(_tensors(tiny_case.clip), form, tmp_path, tiny_case.size)
+    network = CLIPLikert(
+        tiny_case.encoder, pretrained=str(path), input_size=tiny_case.size
+    ).eval()
+    if form == 'ours':
+        path = tmp_path / 'net.pth'
+        torch.save({'params': network.state_dict()}, path)
+
+    reads = []
+
+    def read(path: str | Path) -> Weights:
+        reads.append(str(path))
+        return read_weights(path)
+
+    monkeypatch.setattr(metric_module, 'read_weights', read)
+    for module in ('encoders', 'network'):
+        monkeypatch.setattr(f'pyiqa_clipkd.{module}.read_weights', read)
+    metric = CLIPKDMetric('clipkd_zeroshot', pretrained_model_path=path)
+    assert reads == [str(path)]
+    assert torch.equal(metric(photo), network(photo))
+
+
+def test_a_metric_of_a_file_that_does_not_fit_names_the_file(
+    tmp_path: Path,
+) -> None:
+    torch.save({'weight': torch.ones(2)}, tmp_path / 'other.pt')
+    with pytest.raises(ValueError, match=r'`pretrained`: .*other\.pt does not fit'):
+        CLIPKDMetric('clipkd_zeroshot', pretrained_model_path=tmp_path / 'other.pt')
+    with pytest.raises(ValueError, match=r'other\.pt does not say which network'):
+        CLIPKDMetric('clipkd_teacher', pretrained_model_path=tmp_path / 'other.pt')

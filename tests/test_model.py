@@ -342,6 +342,13 @@ def test_a_missing_loss_is_an_error_that_names_it(data: Path) -> None:
         run(options)
 
 
+def test_a_teacher_without_weights_or_type_is_an_error(data: Path) -> None:
+    options = student_options(data)
+    options['teacher'] = {'weights': None}
+    with pytest.raises(ValueError, match=r'`teacher` must give `weights`'):
+        run(options)
+
+
 def test_a_distilled_network_must_be_a_student(data: Path) -> None:
     options = student_options(data)
     options['network'] = {'type': 'CLIPLikert', 'encoder': ENCODER, 'input_size': 32}

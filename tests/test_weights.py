@@ -109,6 +109,13 @@ def test_a_state_dict_under_the_name_of_safetensors_is_read(
     assert_equal(read_weights(tmp_path / 'a.safetensors').tensors, tensors)
 
 
+def test_what_was_read_says_from_where(
+    tmp_path: Path, tensors: dict[str, Tensor]
+) -> None:
+    path = write_weights(tmp_path / 'a.safetensors', tensors, {})
+    assert read_weights(path).source == str(path)
+
+
 @pytest.mark.parametrize('name', ['a.pth', 'a.pt', 'a.safetensors'])
 @pytest.mark.parametrize('form', ['zip', 'legacy', 'pickle'])
 def test_code_in_a_file_is_refused_and_not_executed(
@@ -151,6 +158,7 @@ def damaged_files(tensors: dict[str, Tensor], folder: Path) -> dict[str, bytes]:
         'one_byte': b'{',
         'text': b'Not Found\n',
         'html': b'<!DOCTYPE html><html><body>404</body></html>' * 20,
+        'comment': b'(This is no weight file.)\n',  # these letters are a pickle's too
         'image': b'\x89PNG\r\n\x1a\n' + bytes(range(256)),
         'git_lfs': b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n',
         'zero': bytes(1000),
@@ -160,7 +168,7 @@ def damaged_files(tensors: dict[str, Tensor], folder: Path) -> dict[str, bytes]:
 DAMAGED = (
     *(f'{how}_{what}' for how in ('truncated', 'half')
       for what in ('zip', 'legacy', 'archive', 'safetensors')),
-    'empty', 'one_byte', 'text', 'html', 'image', 'git_lfs', 'zero',
+    'empty', 'one_byte', 'text', 'html', 'comment', 'image', 'git_lfs', 'zero',
 )  # fmt: skip
 
 
@@ -171,7 +179,7 @@ def test_damaged_files_give_an_error_that_names_them(
 ) -> None:
     path = tmp_path / f'{kind}{suffix}'
     path.write_bytes(damaged_files(tensors, tmp_path)[kind])
-    with pytest.raises(ValueError, match=path.name):
+    with pytest.raises(ValueError, match=rf'{path.name} is damaged or no weight file'):
         read_weights(path)
 
 
