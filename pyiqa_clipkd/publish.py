@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyiqa_clipkd import __version__
+from pyiqa_clipkd.head import LikertHead
 from pyiqa_clipkd.names import PREFIX, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, load_network
 from pyiqa_clipkd.preprocessing import CLIP_MEAN, CLIP_STD
@@ -63,7 +64,7 @@ def publish(
     tensors = _stored(network, precision)
     metadata = {
         'name': name,
-        'config': network.config,
+        'config': _config(network),
         'preprocessing': {
             'resize': f'shorter side to {network.config["input_size"]}, bicubic, '
             'antialiased; centre crop',
@@ -85,6 +86,14 @@ def publish(
 
         add_metrics(host_table.DEFAULT_CONFIGS)
     return path
+
+
+def _config(network: QualityNetwork) -> dict[str, Any]:
+    """How to build the network, with the temperature that its weights hold."""
+    if not isinstance(network.head, LikertHead):
+        return network.config
+    temperature = float(f'{network.head.temperature.item():.6g}')
+    return {**network.config, 'temperature': temperature}
 
 
 def _stored(network: QualityNetwork, precision: str) -> dict[str, Tensor]:

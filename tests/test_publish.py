@@ -25,6 +25,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv('PYIQA_CLIPKD_WEIGHTS', str(tmp_path / 'weights'))
     torch.manual_seed(0)
     student = CLIPKDStudent('timm:test_efficientnet', embed_dim=24, input_size=48)
+    student.state_dict()['head.temperature'].fill_(0.05)
     torch.save({'params': student.state_dict()}, tmp_path / 'net_best.pth')
     return tmp_path / 'net_best.pth'
 
@@ -77,6 +78,7 @@ def test_the_file_says_what_it_is(checkpoint: Path) -> None:
     metadata = read_weights(published).metadata
     assert metadata['config']['encoder'] == 'timm:test_efficientnet'
     assert metadata['config']['input_size'] == 48
+    assert metadata['config']['temperature'] == pytest.approx(0.05)
     assert metadata['output'] == 'score in [1, 5], higher is better'
     assert metadata['card'] == {'Data': 'my photographs'}
     assert len(metadata['tensors_sha256']) == 64
