@@ -90,7 +90,8 @@ def check_data_sets(opt: dict[str, Any]) -> None:
             raise ValueError(
                 f'{where} has no images: its split column '
                 f'({data.get("split_index")!r}) has no {word!r}, the word that '
-                '`override_phase` asks for.'
+                '`override_phase` asks for. If the column says val, set '
+                '`data:override_phase=val`.'
             )
         try:
             mos_to_score_range(torch.tensor([float(row[-1]) for row in rows]))

@@ -1,6 +1,6 @@
 """Option files that build on each other: `_base_` lists, overrides, names.
 
-`python -m pyiqa_clipkd.options FILE [KEY:KEY=VALUE ...]` prints the whole options.
+`python -m pyiqa_clipkd.options FILE ... [KEY:KEY=VALUE ...]` prints the whole options.
 """
 
 from __future__ import annotations
@@ -131,5 +131,6 @@ def _value(text: str) -> Any:
 
 
 if __name__ == '__main__':
-    whole = load_options(sys.argv[1], sys.argv[2:])
+    files = [word for word in sys.argv[1:] if '=' not in word]
+    whole = load_options(files, [word for word in sys.argv[1:] if '=' in word])
     print(yaml.safe_dump(whole, sort_keys=False), end='')

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -89,11 +89,38 @@ def _commit() -> str | None:
 
 
 def test(argv: Sequence[str] | None = None) -> None:  # noqa: PT028 - no test
-    """Test with the host's `test_pipeline`; results go below `results/`."""
+    """Test with the host's `test_pipeline`; results go below `results/`.
+
+    A recipe for training is tested on its validation sets, with the best weights of its
+    experiment or those that an override of `path:pretrain_network` names.
+
+    Raises:
+        FileNotFoundError: if a recipe for training hasn't been trained.
+    """
     import pyiqa.test as host
 
-    with _host_arguments(argv):
+    with _host_arguments(argv, prepare=_test_what_was_trained):
         host.test_pipeline(os.getcwd())
+
+
+def _test_what_was_trained(options: dict[str, Any], overrides: Sequence[str]) -> None:
+    if 'train' not in options:
+        return
+    options['datasets'] = {
+        phase: data
+        for phase, data in options['datasets'].items()
+        if phase.split('_')[0] != 'train'
+    }
+    for key in {'encoder_weights', 'pretrained'} & options['network'].keys():
+        options['network'][key] = None  # the checkpoint has them all
+    if not any(o.startswith('path:pretrain_network=') for o in overrides):
+        best = Path('experiments', options['name'], 'models', 'net_best.pth')
+        if not best.is_file():
+            raise FileNotFoundError(
+                f'There is no {best}: train first, or give other weights with '
+                '`--force_yml path:pretrain_network=FILE`.'
+            )
+        options['path']['pretrain_network'] = str(best)
 
 
 def train_nsplits(argv: Sequence[str] | None = None) -> None:
@@ -141,7 +168,10 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def _host_arguments(argv: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+def _host_arguments(
+    argv: Sequence[str] | None,
+    prepare: Callable[[dict[str, Any], Sequence[str]], None] = lambda *_: None,
+) -> Iterator[dict[str, Any]]:
     """Expand the option file, and hand the host its arguments."""
     parser = argparse.ArgumentParser(
         description='Flags: those of pyiqa (--auto_resume, --debug, --launcher).'
@@ -152,6 +182,7 @@ def _host_arguments(argv: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     )
     args, rest = parser.parse_known_args(argv)
     options = load_options(args.opt, args.force_yml)
+    prepare(options, args.force_yml)
     with tempfile.TemporaryDirectory() as folder:
         expanded = Path(folder) / Path(args.opt[0]).name
         command = ' '.join(['python', *(sys.argv if argv is None else argv)])

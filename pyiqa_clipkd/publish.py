@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from pyiqa_clipkd import __version__
+from pyiqa_clipkd.encoders import PRESETS
 from pyiqa_clipkd.head import LikertHead
 from pyiqa_clipkd.names import PREFIX, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, load_network
 from pyiqa_clipkd.preprocessing import CLIP_MEAN, CLIP_STD
-from pyiqa_clipkd.weights import CONFIG_KEY, file_hash, write_weights
+from pyiqa_clipkd.weights import CONFIG_KEY, file_hash, read_weights, write_weights
 
 NAME = re.compile(rf'{PREFIX}[A-Za-z0-9][A-Za-z0-9._+-]*')
 PRECISIONS = ('float16', 'float32')
@@ -168,4 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f'{path} ({path.stat().st_size / 1e6:.2f} MB, SHA-256 {file_hash(path)})')
+    preset = args.name.removeprefix(PREFIX).split('-')[0]
+    encoder = read_weights(path).metadata['config']['encoder']
+    if PRESETS.get(preset, encoder) != encoder:
+        print(f'Mind the name: this is {encoder}, not {PRESETS[preset]}.')
     print(f'Try it: pyiqa {args.name} -t PHOTO')

@@ -369,6 +369,17 @@ def test_the_test_pipeline_writes_the_results_of_the_checkpoint(data: Path) -> N
     assert not list(Path('results').rglob('*.pth'))
 
 
+def test_a_recipe_for_training_is_tested_with_what_it_trained(data: Path) -> None:
+    options = write_options(Path('options.yml'), student_options(data))
+    with pytest.raises(FileNotFoundError, match=r'net_best\.pth: train first'):
+        pipeline.test(['-opt', str(options)])
+    best = pipeline.train(['-opt', str(options)])
+    assert best is not None
+    pipeline.test(['-opt', str(options)])
+    results = json.loads(Path('results/student/tiny.json').read_text())
+    assert results['srcc'] == pytest.approx(best['tiny']['srcc']['val'], abs=1e-6)
+
+
 def test_a_refused_or_foreign_checkpoint_is_one_clear_error(data: Path) -> None:
     torch.save({'params': {'a': torch.zeros(1)}}, data / 'other.pth')
     options = student_options(data)

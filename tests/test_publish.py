@@ -126,5 +126,10 @@ def test_the_command_publishes(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([str(checkpoint), '--name', NAME, '--data', 'mine', '--results', 'SRCC 0.9'])
-    assert f'pyiqa {NAME} -t' in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f'pyiqa {NAME} -t' in output
+    assert 'Mind the name' not in output
+    main([str(checkpoint), '--name', 'clipkd_mobilevit-mine'])
+    text = 'Mind the name: this is timm:test_efficientnet, not timm:mobilevit_s'
+    assert text in capsys.readouterr().out
     assert NAME in pyiqa.list_models(filter='clipkd_tiny*')
