@@ -118,10 +118,6 @@ class CLIPKDModel(GeneralIQAModel):
         self.teacher = self._build_teacher()
         self.net = self.model_to_device(self._build_network())
         self.print_network(self.net)
-        if path := opt['path'].get('pretrain_network'):
-            self.load_network(self.net, path, opt['path'].get('strict_load', True))
-            if self.teacher is not None:  # not the anchors of an earlier teacher
-                self.get_bare_model(self.net).adopt_head(self.teacher)
         if self.is_train:
             self.init_training_settings()
         else:
@@ -157,7 +153,8 @@ class CLIPKDModel(GeneralIQAModel):
     def _build_network(self) -> QualityNetwork:
         options = self.opt['network']
         known: dict[str, Any] = {}
-        if path := self.opt['path'].get('pretrain_network'):
+        path = self.opt['path'].get('pretrain_network')
+        if path:
             # What the options leave open (width, input size), the checkpoint knows.
             known = read_weights(path).metadata.get('config', {})
         if self.teacher is not None:
@@ -166,12 +163,14 @@ class CLIPKDModel(GeneralIQAModel):
             for key, value in known.items():
                 options.setdefault(key, value)
         network = build_network(options)
-        if self.teacher is not None:
-            if not isinstance(network, CLIPKDStudent):
-                raise ValueError(
-                    '`network` must be a CLIPKDStudent where there is a `teacher`, but '
-                    f'got {type(network).__name__}.'
-                )
+        if self.teacher is not None and not isinstance(network, CLIPKDStudent):
+            raise ValueError(
+                '`network` must be a CLIPKDStudent where there is a `teacher`, but '
+                f'got {type(network).__name__}.'
+            )
+        if path:
+            self.load_network(network, path, self.opt['path'].get('strict_load', True))
+        if self.teacher is not None:  # last: not the anchors of an earlier teacher
             network.adopt_head(self.teacher)
         return network
 

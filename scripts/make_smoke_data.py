@@ -33,7 +33,7 @@ CROPS = 4
 SIDE = 256
 SPLITS = 3
 HELD_OUT = 2  # photographs of ten: 80/20
-CLIP_MODEL = 'ViT-B-32-quickgelu'
+CLIP_MODEL = 'open_clip:ViT-B-32-quickgelu'
 
 
 def degrade(image: Image.Image, kind: int, strength: float, seed: int) -> Image.Image:
@@ -75,11 +75,12 @@ def write_images(folder: Path) -> None:
 
 def write_clip(path: Path) -> None:
     """A CLIP of the released one's size; seeded random weights, half precision."""
-    import open_clip
     import torch
 
+    from pyiqa_clipkd.encoders import build_open_clip_model
+
     torch.manual_seed(123)
-    state = open_clip.create_model(CLIP_MODEL).state_dict()
+    state = build_open_clip_model(CLIP_MODEL, None).state_dict()
     torch.save({name: tensor.half() for name, tensor in state.items()}, path)
 
 
