@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,17 @@ from pyiqa.models.general_iqa_model import GeneralIQAModel
 from pyiqa.utils import get_root_logger
 from pyiqa.utils.dist_util import master_only
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
 from pyiqa_clipkd.loss import DistillationTerms
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
+from pyiqa_clipkd.teacher_cache import TeacherCache, view_key
+from pyiqa_clipkd.views import check_views, one_view_each
 from pyiqa_clipkd.weights import read_weights
 
 PER_ITERATION = 'CosinePerIteration'
+PROJECTION_STARTS = ('default', 'ridge')
 
 
 def mos_to_score_range(mos: Tensor) -> Tensor:
@@ -105,7 +111,9 @@ class CLIPKDModel(GeneralIQAModel):
     - Zero-shot guidance (stage 1): test options, no training.
     - Fine-tuning (stage 2): `train` without a teacher; loss `mos_loss_opt`.
     - Distillation (stage 3): `teacher` (`weights: FILE`, or a network's options); loss
-      `distillation_loss_opt`, a `CosineSoftHardLoss`.
+      `distillation_loss_opt`, a `CosineSoftHardLoss`. `teacher: cache: FOLDER` keeps
+      the teacher's embeddings on disk, `train: projection_start: ridge` begins with
+      the projection that fits them best.
 
     In each stage `metric_loss_opt` may add a loss of the host, for instance `PLCCLoss`.
     The teacher is frozen, in evaluation mode, in no checkpoint and in no optimizer.
@@ -114,8 +122,12 @@ class CLIPKDModel(GeneralIQAModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         BaseModel.__init__(self, opt)
         self.use_ref = False
+        self.view_keys: Tensor | None = None
+        self._started, self._seconds_before = time.time(), 0.0
+        self._predictions: list[tuple[str, float, float]] = []
         check_data_sets(opt)
         self.teacher = self._build_teacher()
+        self.cache = self._open_cache()
         self.net = self.model_to_device(self._build_network())
         self.print_network(self.net)
         if self.is_train:
@@ -127,7 +139,8 @@ class CLIPKDModel(GeneralIQAModel):
 
     def _build_teacher(self) -> QualityNetwork | None:
         options = dict(self.opt.get('teacher') or {})
-        if not options or not self.is_train:
+        options.pop('cache', None)
+        if not self.opt.get('teacher') or not self.is_train:
             return None
         if weights := options.pop('weights', None):
             teacher = load_network(self._of_this_split(weights), **options)
@@ -139,6 +152,24 @@ class CLIPKDModel(GeneralIQAModel):
         else:
             teacher = build_network(options)
         return teacher.to(self.device).eval().requires_grad_(False)
+
+    def _open_cache(self) -> TeacherCache | None:
+        folder = (self.opt.get('teacher') or {}).get('cache')
+        if self.teacher is None:
+            return None
+        check_views(self.opt['datasets']['train'], cache=folder is not None)
+        return TeacherCache(folder, self.teacher) if folder else None
+
+    def _teacher_embedding(
+        self, teacher: QualityNetwork, img: Tensor, view_keys: Tensor | None
+    ) -> Tensor:
+        """(N, 3, H, W) -> (N, D), from the cache where there is one."""
+        with torch.no_grad():
+            if self.cache is None:
+                return teacher.embed(img)
+            if view_keys is None:  # from a loader that isn't ours
+                view_keys = torch.stack([view_key(one) for one in img.cpu()])
+            return self.cache.embed(img, view_keys)
 
     def _of_this_split(self, weights: str) -> str:
         """`{split}` in the teacher's path -> the number that n-splits folders carry.
@@ -172,7 +203,34 @@ class CLIPKDModel(GeneralIQAModel):
             self.load_network(network, path, self.opt['path'].get('strict_load', True))
         if self.teacher is not None:  # last: not the anchors of an earlier teacher
             network.adopt_head(self.teacher)
+            self._start_projection(self.teacher, network)
         return network
+
+    def _start_projection(
+        self, teacher: QualityNetwork, student: CLIPKDStudent
+    ) -> None:
+        start = self.opt['train'].get('projection_start') or 'default'
+        if start not in PROJECTION_STARTS:
+            raise ValueError(
+                f'`train: projection_start` must be one of {PROJECTION_STARTS}, but '
+                f'got {start!r}.'
+            )
+        resumed = self.opt['path'].get('resume_state')
+        if start == 'default' or resumed or self.opt.get('rank', 0) > 0:
+            return
+        from pyiqa_clipkd.projection import start_projection
+
+        student.to(self.device)
+        views = one_view_each(
+            build_dataset(self.opt['datasets']['train']), self.opt['manual_seed']
+        )
+        batches = (
+            (img, self._teacher_embedding(teacher, img, batch['view_key']))
+            for batch in views
+            for img in [batch['img'].to(self.device)]
+        )
+        report = start_projection(student, batches)
+        get_root_logger().info(f'Projection: {report}')
 
     def load_network(
         self,
@@ -224,6 +282,9 @@ class CLIPKDModel(GeneralIQAModel):
         self.setup_schedulers()
         self._deferred_save: tuple[int, int] | None = None
         self._validated = 0
+        self._progress_bar: tqdm | None = None
+        if self.opt['logger'].get('progress_bar') and self.opt.get('rank', 0) == 0:
+            self._progress_bar = tqdm(total=self.total_iterations, unit='step')
 
     def _build_loss(self, key: str) -> Any:
         options = self.opt['train'].get(key)
@@ -275,6 +336,8 @@ class CLIPKDModel(GeneralIQAModel):
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take images and labels; a reference image, where there is one, is ignored."""
         self.img_input = data['img'].to(self.device)
+        self.view_keys = data.get('view_key')
+        self.img_paths = data.get('img_path', [])
         if 'mos_label' in data:
             self.gt_mos = mos_to_score_range(data['mos_label']).to(self.device)
 
@@ -310,6 +373,10 @@ class CLIPKDModel(GeneralIQAModel):
         total.backward()
         self.optimizer.step()
         self.log_dict = {**self.reduce_loss_dict(terms), **logged}
+        if self._progress_bar is not None:
+            self._progress_bar.update(current_iter - self._progress_bar.n)
+            if current_iter == self.total_iterations:
+                self._progress_bar.close()
 
     def _distill(
         self, teacher: QualityNetwork, output: QualityOutput, progress: float
@@ -317,8 +384,9 @@ class CLIPKDModel(GeneralIQAModel):
         """The teacher is asked only where its answer has a weight."""
         teacher_embedding = None
         if self.cri_distillation.soft_weight_at(progress) > 0:
-            with torch.no_grad():
-                teacher_embedding = teacher.embed(self.img_input)
+            teacher_embedding = self._teacher_embedding(
+                teacher, self.img_input, self.view_keys
+            )
         terms: DistillationTerms = self.cri_distillation(
             output.embedding, teacher_embedding, output.score, self.gt_mos, progress
         )
@@ -332,17 +400,37 @@ class CLIPKDModel(GeneralIQAModel):
             # Not the parallel wrapper: one process validates alone.
             self.output_score = self.get_bare_model(self.net)(self.img_input)
         self.net.train(self.is_train)
+        scores, labels = self.output_score.flatten(), self.gt_mos.flatten()
+        self._predictions += zip(
+            self.img_paths, scores.tolist(), labels.tolist(), strict=False
+        )
 
     def validation(
         self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool = False
     ) -> None:
+        if self.is_train:  # after its last iteration the host counts one more
+            current_iter = min(current_iter, self.total_iterations)
+        self._predictions = []
         super().validation(dataloader, current_iter, tb_logger, save_img)
+        self._write_predictions(dataloader.dataset.opt['name'])
         if not self.is_train or self._deferred_save is None:
             return
         self._validated += 1
         if self._validated == self._validation_sets():
             self._save_now(*self._deferred_save)
             self._deferred_save, self._validated = None, 0
+
+    @master_only
+    def _write_predictions(self, data: str) -> None:
+        """`predictions_DATA.csv`: image, score and mos, both in [1, 5]."""
+        folder = 'experiments_root' if self.is_train else 'results_root'
+        path = Path(self.opt['path'][folder], f'predictions_{data}.csv')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open('w', newline='') as file:
+            writer = csv.writer(file)
+            writer.writerow(['image', 'score', 'mos'])
+            for image, score, mos in self._predictions:
+                writer.writerow([Path(image).name, f'{score:.5f}', f'{mos:.5f}'])
 
     def _validation_sets(self) -> int:
         return sum(phase.split('_')[0] == 'val' for phase in self.opt['datasets'])
@@ -400,6 +488,7 @@ class CLIPKDModel(GeneralIQAModel):
             {
                 'epoch': epoch,
                 'iter': current_iter,
+                'seconds': self._seconds_before + time.time() - self._started,
                 'optimizers': [o.state_dict() for o in self.optimizers],
                 'schedulers': [s.state_dict() for s in self.schedulers],
                 'best_metric_results': {
@@ -422,6 +511,7 @@ class CLIPKDModel(GeneralIQAModel):
             FileNotFoundError: if the weights that belong to the state are gone.
         """
         super().resume_training(resume_state)
+        self._seconds_before = resume_state.get('seconds', 0.0)
         folder = self.opt['path']['models']
         self.load_network(self.net, Path(folder) / f'net_{resume_state["iter"]}.pth')
         if results := resume_state.get('best_metric_results'):

@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -19,18 +18,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import yaml
-from torch.utils.data import Dataset, Sampler
 
 from pyiqa_clipkd import __version__
 from pyiqa_clipkd.options import load_options
+from pyiqa_clipkd.views import EpochSampler, SeededDataset
 
 
 def train(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -43,13 +40,15 @@ def train(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
     keep_freed_memory()
     start = time.time()
-    with _host_arguments(argv) as options, _exact_resume(host):
+    with _host_arguments(argv) as options, _exact_resume(host) as resumed:
         results = host.train_pipeline(os.getcwd())
     folder = Path('experiments', options['name'])
     if results is not None and folder.is_dir():
-        record = run_record(options, results, time.time() - start)
-        text = json.dumps(record, indent=2, default=float)
-        (folder / 'run.json').write_text(text + '\n')
+        seconds = resumed.get('seconds', 0) + time.time() - start
+        record = run_record(options, results, seconds)
+        partial = folder / '.run.json.part'
+        partial.write_text(json.dumps(record, indent=2, default=float) + '\n')
+        os.replace(partial, folder / 'run.json')  # whole, or the run isn't finished
     return results
 
 
@@ -61,7 +60,8 @@ def run_record(
     Args:
         options: the expanded option file.
         results: data set -> metric -> value and iteration.
-        seconds: of this process; a resumed run took longer in all.
+        seconds: of this process and of those that it goes on from, up to their last
+            checkpoint.
     """
     return {
         'command': ' '.join(['python', *sys.argv]),
@@ -195,8 +195,12 @@ def _host_arguments(
 
 
 @contextmanager
-def _exact_resume(host: Any) -> Iterator[None]:
-    """Replace two functions of the host's training module while it runs."""
+def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
+    """Replace two functions of the host's training module while it runs.
+
+    Yields:
+        The state that the training goes on from; empty for a fresh start.
+    """
     original = host.create_train_val_dataloader
     resumed: dict[str, Any] = {}
 
@@ -208,14 +212,19 @@ def _exact_resume(host: Any) -> Iterator[None]:
 
     def create_train_val_dataloader(opt: dict[str, Any], logger: Any) -> Any:
         loader, sampler, *rest = original(opt, logger)
-        seed = opt['manual_seed']
+        seed, data = opt['manual_seed'], opt['datasets']['train']
         batches = len(loader)
         epoch = resumed.get('epoch', 0)
         done = resumed.get('iter', 0) - epoch * batches
         sampler = EpochSampler(sampler, epoch, done * loader.batch_size)
         loader = host.build_dataloader(
-            SeededDataset(loader.dataset, seed),
-            opt['datasets']['train'],
+            SeededDataset(
+                loader.dataset,
+                seed,
+                views=data.get('views'),
+                keys=bool((opt.get('teacher') or {}).get('cache')),
+            ),
+            data,
             num_gpu=opt['num_gpu'],
             dist=opt['dist'],
             sampler=sampler,
@@ -229,7 +238,7 @@ def _exact_resume(host: Any) -> Iterator[None]:
             host, 'create_train_val_dataloader', create_train_val_dataloader
         ),
     ):
-        yield
+        yield resumed
 
 
 def load_training_state(opt: dict[str, Any]) -> dict[str, Any] | None:
@@ -252,52 +261,6 @@ def load_training_state(opt: dict[str, Any]) -> dict[str, Any] | None:
         return None
     opt['path']['resume_state'] = str(path)
     return torch.load(path, map_location='cpu', weights_only=True)
-
-
-class EpochSampler(Sampler):
-    """The host's sampler, from the middle of an epoch on.
-
-    Yields (epoch, position in the epoch, index): an enlarged epoch repeats indices.
-    """
-
-    def __init__(self, sampler: Any, start_epoch: int, done: int) -> None:
-        self.sampler = sampler
-        self.start_epoch = start_epoch
-        self.done = done
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        epoch = self.sampler.epoch
-        skip = self.done if epoch == self.start_epoch else 0
-        rest = islice(enumerate(self.sampler), skip, None)
-        return ((epoch, position, index) for position, index in rest)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
-
-
-class SeededDataset(Dataset):
-    """Augmentation that depends on seed, epoch, position and index alone.
-
-    So it is the same for any number of workers, and after a resume.
-    """
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset = dataset
-        self.opt = dataset.opt
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
-        seed = hash((self.seed, *key)) % 2**32
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        return self.dataset[key[-1]]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
 
 def _append_medians(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyiqa_clipkd import __version__
@@ -20,7 +18,13 @@ from pyiqa_clipkd.head import LikertHead
 from pyiqa_clipkd.names import PREFIX, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, load_network
 from pyiqa_clipkd.preprocessing import CLIP_MEAN, CLIP_STD
-from pyiqa_clipkd.weights import CONFIG_KEY, file_hash, read_weights, write_weights
+from pyiqa_clipkd.weights import (
+    CONFIG_KEY,
+    file_hash,
+    read_weights,
+    tensors_hash,
+    write_weights,
+)
 
 NAME = re.compile(rf'{PREFIX}[A-Za-z0-9][A-Za-z0-9._+-]*')
 PRECISIONS = ('float16', 'float32')
@@ -75,7 +79,7 @@ def publish(
         'output': 'score in [1, 5], higher is better',
         'precision': precision,
         'parameters': sum(p.numel() for p in network.parameters()),
-        'tensors_sha256': _tensors_hash(tensors),
+        'tensors_sha256': tensors_hash(tensors),
         'made_with': f'pyiqa-clipkd {__version__}',
         'card': dict(card or {}),
     }
@@ -108,16 +112,6 @@ def _stored(network: QualityNetwork, precision: str) -> dict[str, Tensor]:
         else tensor
         for name, tensor in state.items()
     }
-
-
-def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes: the same in every container."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_card(path: Path, metadata: Mapping[str, Any]) -> str:

@@ -168,6 +168,16 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes: the same in every container."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def find_weights(name: str, path: str | Path | None = None) -> Path | None:
     """Where the weights of metric `name` are: `path`, the user's folder, the bundle.
 

@@ -9,24 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-
-def add_splits(
-    table: pd.DataFrame, group: str | None, splits: int = 10, seed: int = 123
-) -> pd.DataFrame:
-    """Columns `ratio802_seed123_split_01` and on, with the words train and val."""
-    groups = table[group] if group else pd.Series(range(len(table)))
-    names = pd.unique(groups)
-    rng = np.random.default_rng(seed)
-    result = table.copy()
-    for split in range(1, splits + 1):
-        order = rng.permutation(len(names))
-        held_out = set(names[order[: max(1, round(0.2 * len(names)))]])
-        sides = ['val' if name in held_out else 'train' for name in groups]
-        result[f'ratio802_seed123_split_{split:02d}'] = sides
-    return result
+from pyiqa_clipkd.splits import add_splits
 
 
 def main() -> None:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import pytest
 import torch
 from pyiqa.models import build_model
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from training_data import (
     ENCODER,
     data_options,
@@ -22,7 +25,7 @@ from training_data import (
 
 from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.model import CLIPKDModel, iterations_that_run, mos_to_score_range
-from pyiqa_clipkd.network import load_network
+from pyiqa_clipkd.network import CLIPLikert, QualityNetwork, load_network
 from pyiqa_clipkd.weights import read_weights
 
 
@@ -397,3 +400,118 @@ def test_a_training_leaves_a_record_that_repeats_it(data: Path) -> None:
     assert record['results']['tiny']['srcc']['val'] == results['tiny']['srcc']['val']
     assert record['seconds'] >= 0
     assert 'command' in record
+
+
+# --- the teacher's cache, views, the start of the projection ------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images a teacher has embedded in this process, call by call."""
+    seen: list[int] = []
+    original = QualityNetwork.embed
+
+    def embed(self: QualityNetwork, img: torch.Tensor) -> torch.Tensor:
+        if not self.training and isinstance(self, CLIPLikert):
+            seen.append(len(img))
+        return original(self, img)
+
+    monkeypatch.setattr(QualityNetwork, 'embed', embed)
+    return seen
+
+
+def cached_options(data: Path, name: str, **train: Any) -> dict[str, Any]:
+    """Flips alone: two views of an image."""
+    options = student_options(data, **train) | {'name': name}
+    options['datasets'] = data_options(data, augment={'hflip': True, 'center_crop': 32})
+    options['teacher']['cache'] = 'cache'
+    return options
+
+
+def test_a_training_with_the_cache_is_the_training_without(
+    data: Path, asked: list[int]
+) -> None:
+    """Small steps of SGD: Adam, or large steps, make much of the last rounding."""
+    sgd: dict[str, Any] = {'optim': {'type': 'SGD', 'lr': 1e-4}}
+    uncached = cached_options(data, 'uncached', **sgd)
+    del uncached['teacher']['cache']
+    run(uncached)
+    every = sum(asked)
+    for name in ('first', 'second'):
+        asked.clear()
+        run(cached_options(data, name, **sgd))
+        assert sum(asked) < every if name == 'first' else not asked
+        for key, value in checkpoint('uncached').items():
+            assert torch.allclose(checkpoint(name)[key], value, atol=1e-6), key
+
+
+def test_stored_views_are_computed_once(data: Path, asked: list[int]) -> None:
+    options = cached_options(data, 'crops', total_epoch=6)
+    options['datasets'] = data_options(data)  # random crops
+    with pytest.raises(ValueError, match=r'random_crop would never.*views'):
+        run(options)
+    options['datasets']['train']['views'] = 2
+    run(options)
+    assert 22 < sum(asked) <= 2 * 22
+    asked.clear()
+    run(options | {'name': 'again'})
+    assert not asked
+
+
+def test_the_cache_helps_a_loader_that_is_not_ours(
+    data: Path, asked: list[int]
+) -> None:
+    model = built(cached_options(data, 'student'))
+    batch = {'img': torch.rand(4, 3, 32, 32), 'mos_label': torch.rand(4, 1)}
+    for iteration in (1, 2):
+        model.feed_data(batch)
+        model.optimize_parameters(iteration)
+    assert asked == [4]
+
+
+def test_the_ridge_start_is_nearer_to_the_teacher(
+    data: Path, steps: list[dict[str, Any]]
+) -> None:
+    run(cached_options(data, 'default'))
+    first = steps[0]['l_soft']
+    steps.clear()
+    run(cached_options(data, 'ridge', projection_start='ridge'))
+    assert steps[0]['l_soft'] < first / 2
+
+
+def test_a_wrong_start_of_the_projection_is_an_error(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be one of \('default', 'ridge'\)"):
+        built(cached_options(data, 'student', projection_start='best'))
+
+
+# --- what a run leaves ----------------------------------------------------------------
+
+
+def test_the_predictions_give_the_results(data: Path) -> None:
+    results = run(student_options(data))['tiny']
+    folder = Path('experiments/student')
+    table = pd.read_csv(folder / 'predictions_tiny.csv')
+    assert list(table.columns) == ['image', 'score', 'mos']
+    assert list(table.image) == [f'{i}.png' for i in range(22, 28)]
+    assert table.score.between(1, 5).all()
+    labels = pd.read_csv(data / 'meta.csv').mos[22:]
+    assert np.allclose(table.mos, 1 + 4 * labels, atol=1e-4)
+    last = spearmanr(table.score, table.mos).statistic
+    assert results['srcc']['val'] >= last - 1e-6  # the best one, maybe an earlier one
+    record = json.loads((folder / 'run.json').read_text())
+    assert record['results']['tiny']['srcc']['iter'] in (5, 10, 12)
+
+
+def test_the_result_belongs_to_the_last_iteration_that_ran(data: Path) -> None:
+    options = student_options(data)
+    options['val']['val_freq'] = 1000
+    assert run(options)['tiny']['srcc']['iter'] == 12
+
+
+def test_a_progress_bar_shows_the_iterations(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = student_options(data)
+    options['logger']['progress_bar'] = True
+    run(options)
+    assert '12/12' in capsys.readouterr().err

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -20,48 +20,6 @@ from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.weights import read_weights
 
 TRAIN = Path(__file__).parents[1] / 'scripts' / 'train.py'
-
-
-class CountingSampler:
-    epoch = 0
-
-    def __iter__(self) -> Any:
-        return iter(range(10 * self.epoch, 10 * self.epoch + 6))
-
-    def __len__(self) -> int:
-        return 6
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-
-def test_the_sampler_leaves_out_what_the_interrupted_epoch_had_seen() -> None:
-    sampler = pipeline.EpochSampler(CountingSampler(), start_epoch=1, done=4)
-    sampler.set_epoch(1)
-    assert list(sampler) == [(1, 4, 14), (1, 5, 15)]
-    sampler.set_epoch(2)
-    assert list(sampler) == [(2, i, 20 + i) for i in range(6)]
-
-
-class RandomDataset:
-    opt: ClassVar[dict[str, Any]] = {}
-
-    def __getitem__(self, index: int) -> tuple[float, float]:
-        import random
-
-        return torch.rand(1).item(), random.random()
-
-    def __len__(self) -> int:
-        return 5
-
-
-def test_augmentation_depends_on_seed_epoch_position_and_index_alone() -> None:
-    data = pipeline.SeededDataset(RandomDataset(), seed=1)
-    again = pipeline.SeededDataset(RandomDataset(), seed=1)
-    torch.rand(3)
-    assert data[0, 0, 1] == again[0, 0, 1]
-    assert len({data[0, 0, 1], data[1, 0, 1], data[0, 0, 2], data[0, 5, 1]}) == 4
-    assert pipeline.SeededDataset(RandomDataset(), seed=2)[0, 0, 1] != data[0, 0, 1]
 
 
 def test_the_newest_state_with_weights_is_resumed(tmp_path: Path) -> None:

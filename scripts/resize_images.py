@@ -1,0 +1,58 @@
+"""Decode and resize a data set once, for trainings that would do it in every epoch.
+
+Where photographs are large, reading them sets the pace. This writes PNG files with the
+very pixels that `augment: {resize: {size: N, interpolation: 3}, center_crop: N}` makes
+of the originals, and the table with their new names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from tqdm import tqdm
+
+
+def resize(name: str, images: Path, output: Path, size: int) -> str:
+    """Write one photograph below `output`; what exists is kept. Returns its name."""
+    new = Path(name).with_suffix('.png')
+    path = output / new
+    if not path.is_file():
+        bicubic = Resize(size, interpolation=InterpolationMode.BICUBIC)
+        image = Image.open(images / name).convert('RGB')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f'.{path.name}.part')
+        Compose([bicubic, CenterCrop(size)])(image).save(part, 'png', compress_level=1)
+        part.replace(path)  # whole, or not there
+    return str(new)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('csv', type=Path, help='first column: names below --images')
+    parser.add_argument('--images', type=Path, required=True, help='folder')
+    parser.add_argument('--size', type=int, required=True, help='side in pixels')
+    parser.add_argument('-o', '--output', type=Path, required=True, help='folder')
+    parser.add_argument('--jobs', type=int, help='processes; default: one a core')
+    args = parser.parse_args()
+    table = pd.read_csv(args.csv)
+    names = table.iloc[:, 0].astype(str)
+    if names.map(lambda name: Path(name).with_suffix('')).duplicated().any():
+        parser.error(f'{args.csv}: two images differ in their suffix only.')
+    one = partial(
+        resize, images=args.images, output=args.output / 'images', size=args.size
+    )
+    with ProcessPoolExecutor(args.jobs) as pool:
+        done = pool.map(one, names, chunksize=16)
+        table.isetitem(0, list(tqdm(done, total=len(names), unit='image')))
+    table.to_csv(args.output / args.csv.name, index=False)
+    print(f'Wrote {len(names)} images and {args.output / args.csv.name}.')
+
+
+if __name__ == '__main__':
+    main()
