@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ class QualityOutput(NamedTuple):
 
     Attributes:
         score: (N, 1) in [1, 5], higher is better.
-        embedding: (N, D), not normalized.
+        embedding: (N, D), not normalized, in float32 at least.
         probabilities: (N, L) of the quality levels, worst level first, each row sums
             to 1; `None` for a regression head.
     """
@@ -40,6 +41,20 @@ def arc_anchors(levels: int, embed_dim: int, seed: int = 0) -> Tensor:
     plane, _ = torch.linalg.qr(torch.randn(embed_dim, 2, generator=generator))
     angles = torch.linspace(-math.pi / 3, math.pi / 3, levels)
     return torch.stack([angles.sin(), angles.cos()], dim=1) @ plane.T
+
+
+def _full_precision(embedding: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
+    """The embedding in float32 at least, and a context that keeps it so.
+
+    A cosine divided by a temperature of 0.01 is no score any more in half precision,
+    neither in training nor under the `torch.autocast` of a caller.
+    """
+    if embedding.dtype in (torch.float16, torch.bfloat16):
+        embedding = embedding.float()
+    kind = embedding.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return embedding, nullcontext()
+    return embedding, torch.autocast(kind, enabled=False)
 
 
 class LikertHead(nn.Module):
@@ -83,12 +98,16 @@ class LikertHead(nn.Module):
         )
 
     def forward(self, embedding: Tensor) -> QualityOutput:
-        """(N, D) -> score (N, 1), embedding (N, D), probabilities (N, L)."""
-        similarity = (
-            F.normalize(embedding, dim=-1) @ F.normalize(self.anchors, dim=-1).T
-        )
-        probabilities = (similarity / self.temperature).softmax(dim=-1)
-        score = (probabilities * self.level_scores).sum(dim=-1, keepdim=True)
+        """(N, D) -> score (N, 1), embedding (N, D), probabilities (N, L).
+
+        In float32 at least, also under autocast.
+        """
+        embedding, full_precision = _full_precision(embedding)
+        with full_precision:
+            anchors = F.normalize(self.anchors.to(embedding.dtype), dim=-1)
+            similarity = F.normalize(embedding, dim=-1) @ anchors.T
+            probabilities = (similarity / self.temperature).softmax(dim=-1)
+            score = (probabilities * self.level_scores).sum(dim=-1, keepdim=True)
         return QualityOutput(score, embedding, probabilities)
 
     def extra_repr(self) -> str:
@@ -108,6 +127,14 @@ class RegressionHead(nn.Module):
         self.linear = nn.Linear(embed_dim, 1)
 
     def forward(self, embedding: Tensor) -> QualityOutput:
-        """(N, D) -> score (N, 1), embedding (N, D), no probabilities."""
-        score = LOWEST + (HIGHEST - LOWEST) * self.linear(embedding).sigmoid()
+        """(N, D) -> score (N, 1), embedding (N, D), no probabilities.
+
+        In float32 at least, also under autocast.
+        """
+        embedding, full_precision = _full_precision(embedding)
+        with full_precision:
+            weight = self.linear.weight.to(embedding.dtype)
+            bias = self.linear.bias.to(embedding.dtype)
+            score = F.linear(embedding, weight, bias).sigmoid()
+            score = LOWEST + (HIGHEST - LOWEST) * score
         return QualityOutput(score, embedding, None)

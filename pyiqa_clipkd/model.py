@@ -22,6 +22,8 @@ from pyiqa.utils.dist_util import master_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pyiqa_clipkd.distributed import share, wrap
+from pyiqa_clipkd.engine import TrainingEngine
 from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
 from pyiqa_clipkd.loss import DistillationTerms
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
@@ -122,13 +124,18 @@ class CLIPKDModel(GeneralIQAModel):
     def __init__(self, opt: dict[str, Any]) -> None:
         BaseModel.__init__(self, opt)
         self.use_ref = False
+        if self.is_train:
+            self.engine = TrainingEngine(opt['train'], self.device)
         self.view_keys: Tensor | None = None
         self._started, self._seconds_before = time.time(), 0.0
         self._predictions: list[tuple[str, float, float]] = []
         check_data_sets(opt)
         self.teacher = self._build_teacher()
         self.cache = self._open_cache()
-        self.net = self.model_to_device(self._build_network())
+        net = self._build_network().to(self.device)
+        if self.is_train:
+            self.engine.prepare(net)
+        self.net = wrap(net, opt, self.device)
         self.print_network(self.net)
         if self.is_train:
             self.init_training_settings()
@@ -151,7 +158,9 @@ class CLIPKDModel(GeneralIQAModel):
             )
         else:
             teacher = build_network(options)
-        return teacher.to(self.device).eval().requires_grad_(False)
+        teacher = teacher.to(self.device).eval().requires_grad_(False)
+        share(teacher)
+        return teacher
 
     def _open_cache(self) -> TeacherCache | None:
         folder = (self.opt.get('teacher') or {}).get('cache')
@@ -270,8 +279,6 @@ class CLIPKDModel(GeneralIQAModel):
         if train_opt.get('metric_loss_opt'):
             self.cri_metric = self._build_loss('metric_loss_opt')
 
-        if train_opt.get('channels_last'):
-            self.net.to(memory_format=torch.channels_last)
         self.net.train()
         self.net_best = build_network(self._without_weights(self.opt['network']))
         self.net_best.to(self.device)
@@ -279,6 +286,7 @@ class CLIPKDModel(GeneralIQAModel):
         self.net_best.config = self.get_bare_model(self.net).config
         self._cosine_floor: float | None = None
         self.setup_optimizers()
+        self.engine.start(self.optimizer, self.total_iterations)
         self.setup_schedulers()
         self._deferred_save: tuple[int, int] | None = None
         self._validated = 0
@@ -318,17 +326,13 @@ class CLIPKDModel(GeneralIQAModel):
             for group in optimizer.param_groups:
                 group['initial_lr'] = group['lr']
 
-    def _progress(self, current_iter: int) -> float:
-        """t / T: 0 at the first iteration, 1 at the last one that runs."""
-        return min(1.0, (current_iter - 1) / max(1, self.total_iterations - 1))
-
     def _set_learning_rate(self, progress: float) -> None:
         if self._cosine_floor is None:
             return
         cosine = (1 + math.cos(math.pi * progress)) / 2
         factor = self._cosine_floor + (1 - self._cosine_floor) * cosine
         if progress < self._warmup:
-            factor *= (progress + 1 / self.total_iterations) / self._warmup
+            factor *= (progress + 1 / self.engine.steps) / self._warmup
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = group['initial_lr'] * min(factor, 1.0)
@@ -347,13 +351,11 @@ class CLIPKDModel(GeneralIQAModel):
         seed = 1_000_003 * int(self.opt['manual_seed']) + current_iter
         rank, world_size = self.opt.get('rank', 0), self.opt.get('world_size', 1)
         torch.manual_seed(seed * world_size + rank)
-        progress = self._progress(current_iter)
+        progress = self.engine.progress(current_iter)
         self._set_learning_rate(progress)
-        self.optimizer.zero_grad()
-        images = self.img_input
-        if self.opt['train'].get('channels_last'):
-            images = images.contiguous(memory_format=torch.channels_last)
-        output: QualityOutput = self.net(images, return_details=True)
+        images = self.engine.images(self.img_input)
+        with self.engine.autocast():
+            output: QualityOutput = self.net(images, return_details=True)
         self.output_score = output.score
 
         terms: OrderedDict[str, Tensor] = OrderedDict()
@@ -370,8 +372,7 @@ class CLIPKDModel(GeneralIQAModel):
             terms['l_metric'] = self.cri_metric(output.score, self.gt_mos)
             total = total + terms['l_metric']
         terms['l_total'] = total
-        total.backward()
-        self.optimizer.step()
+        logged.update(self.engine.backward(total, current_iter))
         self.log_dict = {**self.reduce_loss_dict(terms), **logged}
         if self._progress_bar is not None:
             self._progress_bar.update(current_iter - self._progress_bar.n)
@@ -411,7 +412,11 @@ class CLIPKDModel(GeneralIQAModel):
         if self.is_train:  # after its last iteration the host counts one more
             current_iter = min(current_iter, self.total_iterations)
         self._predictions = []
+        trained = self.net
+        if self.is_train:
+            self.net = self.engine.evaluated(trained)
         super().validation(dataloader, current_iter, tb_logger, save_img)
+        self.net = trained
         self._write_predictions(dataloader.dataset.opt['name'])
         if not self.is_train or self._deferred_save is None:
             return
@@ -473,11 +478,12 @@ class CLIPKDModel(GeneralIQAModel):
         if not self.is_train:
             return
         label = {None: '', -1: '_latest'}.get(current_iter, f'_{current_iter}')
-        state = self.get_bare_model(net).state_dict()
-        _save(
-            {param_key: {name: value.cpu() for name, value in state.items()}},
-            Path(self.opt['path']['models']) / f'{net_label}{label}.pth',
-        )
+        path = Path(self.opt['path']['models']) / f'{net_label}{label}.pth'
+        if net is self.net:
+            _save(self.engine.checkpoint(), path)
+        else:
+            state = net.state_dict()
+            _save({param_key: {name: v.cpu() for name, v in state.items()}}, path)
 
     @master_only
     def save_training_state(self, epoch: int, current_iter: int) -> None:
@@ -491,6 +497,7 @@ class CLIPKDModel(GeneralIQAModel):
                 'seconds': self._seconds_before + time.time() - self._started,
                 'optimizers': [o.state_dict() for o in self.optimizers],
                 'schedulers': [s.state_dict() for s in self.schedulers],
+                'engine': self.engine.state_dict(),
                 'best_metric_results': {
                     data: {
                         m: {**best, 'val': float(best['val'])} for m, best in r.items()
@@ -513,7 +520,9 @@ class CLIPKDModel(GeneralIQAModel):
         super().resume_training(resume_state)
         self._seconds_before = resume_state.get('seconds', 0.0)
         folder = self.opt['path']['models']
-        self.load_network(self.net, Path(folder) / f'net_{resume_state["iter"]}.pth')
+        iteration = resume_state['iter']
+        self.engine.load_checkpoint(Path(folder) / f'net_{iteration}.pth')
+        self.engine.load_state_dict(resume_state.get('engine', {}), iteration)
         if results := resume_state.get('best_metric_results'):
             self.best_metric_results = results
             self.key_metric = self.opt['val'].get('key_metric')

@@ -26,6 +26,8 @@ import torch
 import yaml
 
 from pyiqa_clipkd import __version__
+from pyiqa_clipkd.distributed import launched, shared
+from pyiqa_clipkd.engine import check_options
 from pyiqa_clipkd.options import load_options
 from pyiqa_clipkd.views import EpochSampler, SeededDataset
 
@@ -182,15 +184,15 @@ def _host_arguments(
     )
     args, rest = parser.parse_known_args(argv)
     options = load_options(args.opt, args.force_yml)
+    check_options(options.get('train') or {})
     prepare(options, args.force_yml)
     with tempfile.TemporaryDirectory() as folder:
         expanded = Path(folder) / Path(args.opt[0]).name
         command = ' '.join(['python', *(sys.argv if argv is None else argv)])
         text = yaml.safe_dump(options, sort_keys=False)
         expanded.write_text(f'# {command}\n{text}')
-        with mock.patch.object(
-            sys, 'argv', [sys.argv[0], '-opt', str(expanded), *rest]
-        ):
+        arguments = [sys.argv[0], '-opt', str(expanded), *rest]
+        with mock.patch.object(sys, 'argv', arguments), launched(options):
             yield options
 
 
@@ -211,12 +213,19 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
         return state
 
     def create_train_val_dataloader(opt: dict[str, Any], logger: Any) -> Any:
+        opt['manual_seed'] = shared(opt['manual_seed'])
         loader, sampler, *rest = original(opt, logger)
         seed, data = opt['manual_seed'], opt['datasets']['train']
         batches = len(loader)
         epoch = resumed.get('epoch', 0)
         done = resumed.get('iter', 0) - epoch * batches
-        sampler = EpochSampler(sampler, epoch, done * loader.batch_size)
+        sampler = EpochSampler(
+            sampler,
+            epoch,
+            done * loader.batch_size,
+            rank=opt['rank'],
+            world_size=opt['world_size'],
+        )
         loader = host.build_dataloader(
             SeededDataset(
                 loader.dataset,

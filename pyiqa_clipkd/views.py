@@ -48,18 +48,32 @@ class EpochSampler(Sampler):
     """The host's sampler, from the middle of an epoch on.
 
     Yields (epoch, position in the epoch, index): an enlarged epoch repeats indices.
+    Positions count the images of all processes, which take turns: so an image is
+    augmented alike, however many processes share a batch.
     """
 
-    def __init__(self, sampler: Any, start_epoch: int, done: int) -> None:
+    def __init__(
+        self,
+        sampler: Any,
+        start_epoch: int,
+        done: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.sampler = sampler
         self.start_epoch = start_epoch
         self.done = done
+        self.rank = rank
+        self.world_size = world_size
 
     def __iter__(self) -> Iterator[Position]:
         epoch = self.sampler.epoch
         skip = self.done if epoch == self.start_epoch else 0
         rest = islice(enumerate(self.sampler), skip, None)
-        return ((epoch, position, index) for position, index in rest)
+        return (
+            (epoch, turn * self.world_size + self.rank, index) for turn, index in rest
+        )
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyiqa_clipkd.head import LikertHead, RegressionHead, arc_anchors
+from pyiqa_clipkd.network import CLIPKDStudent
 
 EYE = torch.eye(5)
 
@@ -186,3 +188,66 @@ def test_cosines_of_the_head_are_those_of_torch() -> None:
     expected = (cosines / 0.07).softmax(dim=0)
     actual = LikertHead(anchors, 0.07)(embedding).probabilities[0]
     torch.testing.assert_close(actual, expected)
+
+
+def heads() -> list[torch.nn.Module]:
+    torch.manual_seed(0)
+    return [LikertHead(arc_anchors(5, 32), 0.01), RegressionHead(32)]
+
+
+@pytest.mark.parametrize('head', heads(), ids=lambda head: type(head).__name__)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_head_computes_in_float32_under_autocast(
+    head: torch.nn.Module, dtype: torch.dtype
+) -> None:
+    embedding = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    expected = head(embedding).score
+    with torch.autocast('cpu', dtype=dtype):
+        output = head(embedding)
+        assert torch.is_autocast_enabled('cpu'), 'the caller keeps his'
+        half = head(embedding.to(dtype))
+    assert output.score.dtype == torch.float32
+    assert torch.equal(output.score, expected)
+    assert half.embedding.dtype == half.score.dtype == torch.float32
+    # An embedding in half precision is rounded, what follows isn't.
+    assert torch.equal(half.score, head(embedding.to(dtype).float()).score)
+
+
+@pytest.mark.parametrize('head', heads(), ids=lambda head: type(head).__name__)
+def test_double_precision_stays_and_a_head_in_half_precision_works(
+    head: torch.nn.Module,
+) -> None:
+    embedding = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    expected = head(embedding).score
+    half = copy.deepcopy(head).half()(embedding.half())
+    assert half.score.dtype == torch.float32
+    assert (half.score - expected).abs().max() < 0.1
+    double = copy.deepcopy(head).double()(embedding.double())
+    assert double.score.dtype == double.embedding.dtype == torch.float64
+    torch.testing.assert_close(double.score.float(), expected, atol=1e-4, rtol=0)
+
+
+def test_a_network_under_the_autocast_of_a_caller_gives_float32_scores() -> None:
+    torch.manual_seed(0)
+    network = CLIPKDStudent('timm:test_vit', input_size=32, embed_dim=16).eval()
+    image = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(image)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            output = network(image, return_details=True)
+    assert output.score.dtype == output.embedding.dtype == torch.float32
+    assert (output.score - expected).abs().max() < 0.2
+    assert not torch.equal(output.score, expected), 'the encoder is in half precision'
+    # As fine as float32: in bfloat16 scores near 3 are multiples of 1/64.
+    assert not torch.equal(output.score, output.score.bfloat16().float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('head', heads(), ids=lambda head: type(head).__name__)
+def test_the_head_can_be_exported_and_compiled(head: torch.nn.Module) -> None:
+    embedding = torch.randn(3, 32)
+    expected = head(embedding).score
+    exported = torch.export.export(head, (embedding,)).run_decompositions().module()
+    torch.testing.assert_close(exported(embedding).score, expected)
+    compiled = torch.compile(head, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(embedding).score, expected)
