@@ -16,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pyiqa_clipkd._build import startup_files
 
@@ -52,6 +54,82 @@ for _ in range(6):
     net(images).mean().backward()
     times.append(time.perf_counter() - start)
 print(sorted(times)[2])
+"""
+
+DISTILLATION = """
+import json, math, statistics, sys, time
+from itertools import cycle, islice
+import torch
+from torch.utils.data import DataLoader
+from pyiqa.data import build_dataset
+from pyiqa.models import build_model
+from pyiqa_clipkd.options import load_options
+from pyiqa_clipkd.pipeline import keep_freed_memory
+from pyiqa_clipkd.views import EpochSampler, SeededDataset
+keep_freed_memory()
+ROUNDS, LOADED = 12, 8
+TEACHER = dict(type='CLIPLikert', encoder='timm:efficientnet_lite2', pretrained=None)
+MODES = {
+    'supervised': dict(teacher=None),
+    'cached': dict(teacher=TEACHER | {'cache': 'cache'}),
+    'uncached': dict(teacher=TEACHER),
+}
+
+def built(mode):
+    file = sys.argv[1] + '/configs/smoke/stage3_student.yml'
+    options = load_options(file, ['network:encoder=efficientnet_lite',
+        'data:batch_size_per_gpu=32', 'network:encoder_weights=~']) | MODES[mode]
+    options['train']['channels_last'] = True
+    options['train']['total_iter'] = 1000
+    # All of it soft: the teacher is asked in every step.
+    options['train']['distillation_loss_opt'] = (
+        dict(type='CosineSoftHardLoss', schedule='fixed', soft_weight=0.5))
+    options['train']['mos_loss_opt'] = dict(type='MSELoss')
+    options |= dict(is_train=True, dist=False, rank=0, world_size=1)
+    for phase, data in options['datasets'].items():
+        data['phase'] = phase
+    return build_model(options)
+
+models = {mode: built(mode) for mode in MODES}
+data = next(iter(models.values())).opt['datasets']['train']
+
+def batches(keys, workers):
+    views = SeededDataset(build_dataset(data), 1, keys=keys)
+    order = [(0, i, i % len(views)) for i in range(32 * LOADED)]
+    return DataLoader(views, batch_size=32, sampler=order, num_workers=workers)
+
+def step(mode, batch, iteration):
+    models[mode].feed_data(batch)
+    models[mode].optimize_parameters(iteration)
+
+kept = list(islice(batches(True, 0), 2))
+times = {mode: [] for mode in MODES}
+for turn in range(ROUNDS + 2):
+    for mode in MODES:
+        start = time.perf_counter()
+        step(mode, kept[turn % 2], turn + 1)
+        if turn > 1:
+            times[mode].append((time.perf_counter() - start) * 1000 / 32)
+result = {mode: statistics.median(values) for mode, values in times.items()}
+result |= {
+    f'{mode}_ratio': statistics.median(
+        a / b for a, b in zip(times[mode], times['supervised']))
+    for mode in ('cached', 'uncached')
+}
+loaded = {mode: [] for mode in MODES}
+for turn in range(3):
+    for mode in MODES:
+        start = time.perf_counter()
+        for batch in batches(mode == 'cached', 1):
+            step(mode, batch, 500)
+        loaded[mode].append((time.perf_counter() - start) * 1000 / 32 / LOADED)
+result['with_loader'] = {m: statistics.median(v) for m, v in loaded.items()}
+result['with_loader'] |= {
+    f'{mode}_ratio': statistics.median(
+        a / b for a, b in zip(loaded[mode], loaded['supervised']))
+    for mode in ('cached', 'uncached')
+}
+print(json.dumps(result))
 """
 
 
@@ -120,20 +198,46 @@ def training_step(repeats: int) -> dict[str, float]:
     return medians | {'ratio': medians['default'] / medians['keep']}
 
 
+def distillation_step() -> dict[str, Any]:
+    """Milliseconds an image of 224 px of whole training steps, in one process, in turn.
+
+    EfficientNet-Lite0 alone, distilled with the teacher's cache, and distilled from an
+    EfficientNet-Lite2 that is asked each time. `with_loader` counts reading and the
+    digests of the images, too.
+    """
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        data = [str(root / 'scripts' / 'make_smoke_data.py'), '--no-clip']
+        subprocess.run([sys.executable, *data], cwd=folder, check=True)
+        result = subprocess.run(
+            [sys.executable, '-c', DISTILLATION, str(root)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('-o', '--output', type=Path, help='JSON file for the figures')
     parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--only', nargs='+', help='names of figures; default: all')
     args = parser.parse_args()
+    repeats: int = args.repeats
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        'start_up_ms': lambda: start_up(20 * repeats),
+        'create_metric_s': lambda: create_metric(repeats),
+        'memory_12_megapixel_mb': lambda: memory(repeats),
+        'training_step_ms_an_image': lambda: training_step(max(1, repeats // 2)),
+        'distillation_step_ms_an_image': distillation_step,
+    }
     figures = {
         'command': ' '.join(['python', *sys.argv]),
         'python': platform.python_version(),
         'cores': os.cpu_count(),
-        'start_up_ms': start_up(20 * args.repeats),
-        'create_metric_s': create_metric(args.repeats),
-        'memory_12_megapixel_mb': memory(args.repeats),
-        'training_step_ms_an_image': training_step(max(1, args.repeats // 2)),
-    }
+    } | {name: parts[name]() for name in args.only or parts}
     text = json.dumps(figures, indent=2)
     print(text)
     if args.output:
