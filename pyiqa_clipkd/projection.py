@@ -173,6 +173,9 @@ def start_projection(
     if not features:
         raise ValueError('`batches` must have two images or more, but got none.')
     weight, bias, report = ridge_projection(torch.cat(features), torch.cat(embeddings))
-    projection.weight.copy_(weight)
-    projection.bias.copy_(bias)
+    # As large as the default start: a cosine doesn't see it, but the first steps of an
+    # optimizer would be larger than these weights, which meet unit vectors.
+    scale = projection.weight.norm() / weight.norm().clamp(min=1e-12)
+    projection.weight.copy_(scale * weight)
+    projection.bias.copy_(scale * bias)
     return report

@@ -276,7 +276,6 @@ class _Shard:
         """
         known = self._rows
         self._remap()
-        known = min(known, len(self._map))
         self._rows = len(self._map)
         return known, self._map[known:, :KEY_BYTES].tobytes()
 

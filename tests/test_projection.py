@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -185,13 +186,21 @@ def test_unseen_images_start_nearer_to_the_teacher(
 def test_the_projection_holds_the_closed_form(
     student: CLIPKDStudent, teacher: QualityNetwork, crops: Tensor
 ) -> None:
-    report = start_projection(student, batches(teacher, crops))
-    student.eval()
+    parts = batches(teacher, crops)
+    # As in training, batch norm takes each batch's statistics; nothing is dropped.
+    twin = copy.deepcopy(student).eval()
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+    report = start_projection(student, parts)
+    backbone, preprocessing = encoder_of(twin).backbone, twin.preprocessing
     with torch.no_grad():
-        features = encoder_of(student).backbone(student.preprocessing(crops))
-        weight, bias, again = ridge_projection(features, teacher.embed(crops))
-    torch.testing.assert_close(projection_of(student).weight, weight.float())
-    torch.testing.assert_close(projection_of(student).bias, bias.float())
+        features = torch.cat([backbone(preprocessing(img)) for img, _ in parts])
+    embeddings = torch.cat([embedding for _, embedding in parts])
+    weight, bias, again = ridge_projection(features, embeddings)
+    size = projection_of(twin).weight.norm() / weight.norm()  # of the default start
+    torch.testing.assert_close(projection_of(student).weight, (size * weight).float())
+    torch.testing.assert_close(projection_of(student).bias, (size * bias).float())
     assert again.alpha == report.alpha
 
 
