@@ -5,11 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import secrets
-import stat
-import zlib
-from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyiqa_clipkd.network import QualityNetwork
+from pyiqa_clipkd.shards import KEY_BYTES, Shard, Writer, split_keys
 from pyiqa_clipkd.weights import tensors_hash
-
-KEY_BYTES = 16
-
-# A shard is a header and records of one size: key, embedding, CRC-32 of both.
-MAGIC = b'CLIPKDTE'
-VERSION = 1  # raise it where the same teacher gives other embeddings than before
-HEADER_BYTES = 16
 
 logger = logging.getLogger('pyiqa')
 
@@ -90,12 +79,12 @@ class TeacherCache:
         self.folder = folder / teacher_key(teacher)[:16]
         self.dim = int(teacher.encoder.embed_dim)  # type: ignore[arg-type]
         self.hits = self.misses = 0
-        self._shards: dict[str, _Shard] = {}
+        self._shards: dict[str, Shard] = {}
         # key -> (shard, row); further places of the same key, oldest first.
         self._index: dict[bytes, tuple[str, int]] = {}
         self._older: dict[bytes, list[tuple[str, int]]] = {}
         self._warned: set[str] = set()
-        self._writer: _Writer | None = None
+        self._writer: Writer | None = None
         self._full = False
         self._refresh()
 
@@ -129,7 +118,7 @@ class TeacherCache:
                 f'{tuple(keys.shape)}.'
             )
         self._refresh()
-        names = list(_split(keys.cpu().contiguous().numpy().tobytes()))
+        names = list(split_keys(keys.cpu().contiguous().numpy().tobytes()))
         found = [self._find(name) for name in names]
         missing = [i for i, row in enumerate(found) if row is None]
         self.hits += len(names) - len(missing)
@@ -173,7 +162,7 @@ class TeacherCache:
         for name in sorted(sizes):
             shard = self._shards.get(name)
             if shard is None:
-                shard = self._shards[name] = _Shard(self.folder / name, self.dim)
+                shard = self._shards[name] = Shard(self.folder / name, self.dim)
             if sizes[name] == shard.size:
                 continue
             try:
@@ -182,7 +171,7 @@ class TeacherCache:
                 shard.drop(sizes[name])
                 self._warn(name, f'{shard.path} is no file of this cache ({error}).')
                 continue
-            for row, key in enumerate(_split(keys), first):
+            for row, key in enumerate(split_keys(keys), first):
                 self._add(key, (name, row))
             if shard.torn:
                 self._warn(
@@ -221,7 +210,7 @@ class TeacherCache:
         unique = dict(zip(keys, embeddings.cpu().numpy(), strict=True))
         try:
             if self._writer is None or self._writer.pid != os.getpid():
-                self._writer = _Writer(self.folder, self.dim)
+                self._writer = Writer(self.folder, self.dim)
             first = self._writer.append(unique)
         except OSError as error:
             self._full = True
@@ -232,7 +221,7 @@ class TeacherCache:
             )
             return
         name = self._writer.path.name
-        shard = self._shards.setdefault(name, _Shard(self._writer.path, self.dim))
+        shard = self._shards.setdefault(name, Shard(self._writer.path, self.dim))
         for row, key in enumerate(unique, first):
             self._add(key, (name, row))
         shard.grown(first + len(unique))
@@ -242,130 +231,3 @@ class TeacherCache:
         if shard not in self._warned:
             self._warned.add(shard)
             logger.warning(f'Teacher cache: {text}')
-
-
-class _Shard:
-    """One file, mapped for reading.
-
-    Attributes:
-        size: bytes at the last look.
-        torn: whether there is a part of a record at the end.
-    """
-
-    def __init__(self, path: Path, dim: int) -> None:
-        self.path = path
-        self.header = _header(dim)
-        self.record = _record_bytes(dim)
-        self.size = 0
-        self._rows = 0  # whose keys are known
-        self._map: NDArray[Any] = np.empty((0, self.record), np.uint8)
-
-    @property
-    def torn(self) -> bool:
-        return max(0, self.size - HEADER_BYTES) % self.record != 0
-
-    def update(self) -> tuple[int, bytes]:
-        """Map the file as it is now.
-
-        Returns:
-            The first row that is new, and the keys from there on.
-
-        Raises:
-            OSError: if the file can't be read.
-            ValueError: if it isn't one of this cache.
-        """
-        known = self._rows
-        self._remap()
-        self._rows = len(self._map)
-        return known, self._map[known:, :KEY_BYTES].tobytes()
-
-    def _remap(self) -> None:
-        if not stat.S_ISREG(os.stat(self.path).st_mode):
-            raise ValueError('not a plain file')
-        with self.path.open('rb') as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(HEADER_BYTES)
-            if not self.header.startswith(start):
-                raise ValueError(f'it starts with {start!r}')
-            rows = max(0, size - HEADER_BYTES) // self.record
-            shape = (rows, self.record)
-            self._map = (
-                np.memmap(file, np.uint8, 'r', HEADER_BYTES, shape)
-                if rows
-                else np.empty(shape, np.uint8)
-            )
-        self.size = size
-
-    def drop(self, size: int) -> None:
-        """Read nothing from it until its size changes once more."""
-        self.size, self._rows = size, 0
-        self._map = np.empty((0, self.record), np.uint8)
-
-    def grown(self, rows: int) -> None:
-        """This process has written so many rows: their keys are known."""
-        self._rows = rows
-        self.size = HEADER_BYTES + rows * self.record
-
-    def read(self, row: int, key: bytes) -> NDArray[Any] | None:
-        """The embedding (D,) in a row, or `None` if it isn't whole or not of `key`."""
-        if row >= len(self._map):
-            try:
-                self._remap()
-            except (OSError, ValueError):
-                return None
-            if row >= len(self._map):
-                return None
-        record = self._map[row].tobytes()
-        whole = zlib.crc32(record[:-4]) == int.from_bytes(record[-4:], 'little')
-        if not whole or record[:KEY_BYTES] != key:
-            return None
-        return np.frombuffer(record[KEY_BYTES:-4], '<f4')
-
-
-class _Writer:
-    """A new file that only this process appends to."""
-
-    def __init__(self, folder: Path, dim: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.pid = os.getpid()
-        self.path = folder / f'shard-{secrets.token_hex(8)}.bin'
-        self._file = FileIO(str(self.path), 'x')
-        self._record = _record_bytes(dim)
-        self._rows = 0
-        self._header = _header(dim)
-
-    def append(self, embeddings: dict[bytes, NDArray[Any]]) -> int:
-        """Write records whole and at once; returns the first one's row.
-
-        Raises:
-            OSError: if they don't fit. What fitted of them is cut off again.
-        """
-        first = self._rows
-        start = HEADER_BYTES + first * self._record if first else 0
-        content = b''.join(_record(*item) for item in embeddings.items())
-        left = memoryview(content if first else self._header + content)
-        try:
-            while left:
-                left = left[self._file.write(left) or 0 :]
-        except OSError:
-            self._file.truncate(start)
-            raise
-        self._rows += len(embeddings)
-        return first
-
-
-def _header(dim: int) -> bytes:
-    return MAGIC + VERSION.to_bytes(4, 'little') + dim.to_bytes(4, 'little')
-
-
-def _record_bytes(dim: int) -> int:
-    return KEY_BYTES + 4 * dim + 4
-
-
-def _record(key: bytes, embedding: NDArray[Any]) -> bytes:
-    content = key + embedding.astype('<f4').tobytes()
-    return content + zlib.crc32(content).to_bytes(4, 'little')
-
-
-def _split(keys: bytes) -> Iterator[bytes]:
-    return (keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES))
