@@ -135,7 +135,7 @@ class CLIPKDModel(GeneralIQAModel):
         net = self._build_network().to(self.device)
         if self.is_train:
             self.engine.prepare(net)
-        self.net = wrap(net, opt, self.device)
+        self.net: Any = wrap(net, opt, self.device)
         self.print_network(self.net)
         if self.is_train:
             self.init_training_settings()

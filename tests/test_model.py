@@ -13,7 +13,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import pytest
 import torch
 from pyiqa.models import build_model
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from scipy.stats import spearmanr
 from training_data import (
     ENCODER,
     data_options,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 import torch
@@ -33,8 +34,14 @@ def test_the_pixels_are_those_of_the_training(
     assert list(written.img_name) == ['sub/astronaut.png', 'chelsea.png', 'coffee.png']
     assert list(written.scene) == ['a', 'b', 'a']
 
-    augment = {'hflip': False, 'resize': {'size': 64, 'interpolation': 3}}
-    options = {'augment': {**augment, 'center_crop': 64}, 'split_index': None}
+    augment: dict[str, Any] = {
+        'hflip': False,
+        'resize': {'size': 64, 'interpolation': 3},
+    }
+    options: dict[str, Any] = {
+        'augment': {**augment, 'center_crop': 64},
+        'split_index': None,
+    }
     large = build_dataset({**data_options(folder)['train'], **options})
     options |= {
         'dataroot_target': str(tmp_path / 'small' / 'images'),
