@@ -7,11 +7,9 @@ import pandas as pd  # type: ignore[import-untyped]
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-HELD_OUT = 0.2
+from pyiqa_clipkd.near_copies import near_copies
 
-# Of the 128 bits of a fingerprint (pyiqa_clipkd.tables). On 1,270 photographs with 45
-# known pairs of near copies: all of them found, and four pairs more.
-NEAR = 12
+HELD_OUT = 0.2
 
 
 def add_splits(
@@ -66,7 +64,7 @@ def content_groups(
     """Rows that must stay on one side: near copies, and equal words.
 
     Args:
-        fingerprints: (N, B) bool; near copies differ in at most `NEAR` bits.
+        fingerprints: (N, B) bool; as `near_copies` takes them.
         words: (N,) groups that are known; empty: a group by itself.
 
     Returns:
@@ -82,27 +80,6 @@ def content_groups(
         second = np.concatenate([second, leaders[which]])
     ties = coo_array((np.ones(len(first)), (first, second)), shape=(rows, rows))
     return connected_components(ties, directed=False)[1]
-
-
-def near_copies(fingerprints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows whose fingerprints differ in at most `NEAR` bits.
-
-    Args:
-        fingerprints: (N, B) bool.
-
-    Returns:
-        Two arrays of row numbers, the first smaller than the second.
-    """
-    rows, bits = fingerprints.shape
-    signs = np.where(fingerprints, 1, -1).astype(np.float32)
-    pairs = [np.empty((2, 0), dtype=np.int64)]
-    for start in range(0, rows, 1024):  # a block of the table of all distances
-        distance = (bits - signs[start : start + 1024] @ signs.T) / 2
-        first, second = np.nonzero(distance <= NEAR)
-        first = first + start
-        pairs.append(np.stack([first, second])[:, first < second])
-    first, second = np.concatenate(pairs, axis=1)
-    return first, second
 
 
 def _numbers(words: pd.Series) -> np.ndarray:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pyiqa_clipkd.reproduce import main
+from pyiqa_clipkd.reproduce.command import main
 
 if __name__ == '__main__':
     sys.exit(main(Path(__file__).resolve().parents[1]))

@@ -30,21 +30,39 @@ from pyiqa_clipkd.options import load_options
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
-FILES = sorted(
+# A file of its own is a recipe; an overlay goes behind one.
+OVERLAYS = sorted(
     str(path.relative_to(CONFIGS))
+    for path in [*CONFIGS.glob('variants/*.yml'), *CONFIGS.glob('*/protocol_*.yml')]
+)
+FILES = sorted(
+    name
     for path in CONFIGS.glob('*/*.yml')
     if path.parent.name not in ('_base_', 'results')
+    if (name := str(path.relative_to(CONFIGS))) not in OVERLAYS
 )
+DISTILLED = [file for file in FILES if file.endswith('stage3_student.yml')]
+VARIANTS = [Path(name).name for name in OVERLAYS if name.startswith('variants/')]
+SOFT_WEIGHTS = {
+    'hard.yml': [0, 0, 0],
+    'soft.yml': [1, 1, 1],
+    'fixed_0.5.yml': [0.5, 0.5, 0.5],
+    'fixed_0.9.yml': [0.9, 0.9, 0.9],
+}
 PAPER_SETS = ('koniq10k', 'spaq', 'csiq', 'live')
 STAGES = ('stage1_zeroshot', 'stage2_teacher', 'stage3_student')
 FULL_REFERENCE = ('csiq', 'live')
-SECOND_SIDE = {'biq2021': 'test'}  # all others: val
+SECOND_SIDE = {'biq2021': 'test', 'biq2021_small': 'test'}  # all others: val
 TINY = 'timm:test_efficientnet'
 PRESETS = ('swin', 'resnet18', 'mobilevit', 'efficientnet', 'efficientnet_lite')
 
 
 def options_of(file: str, *overrides: str) -> dict[str, Any]:
     return load_options(CONFIGS / file, overrides)
+
+
+def variant_of(file: str, variant: str, *overrides: str) -> dict[str, Any]:
+    return load_options([CONFIGS / file, CONFIGS / 'variants' / variant], overrides)
 
 
 def is_test(options: dict[str, Any]) -> bool:
@@ -96,7 +114,7 @@ def test_no_two_files_write_to_the_same_folder() -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize('data', [*PAPER_SETS, 'smoke'])
+@pytest.mark.parametrize('data', [*PAPER_SETS, 'biq2021', 'biq2021_small', 'smoke'])
 def test_a_student_takes_the_teacher_that_stage_2_of_its_set_makes(data: str) -> None:
     teacher = options_of(f'{data}/stage2_teacher.yml')['name']
     weights = options_of(f'{data}/stage3_student.yml')['teacher']['weights']
@@ -160,7 +178,10 @@ def built(network: str) -> nn.Module:
 
 @pytest.mark.parametrize('file', FILES)
 def test_network_loss_and_optimizer_of_a_file_can_be_built(file: str) -> None:
-    options = options_of(file)
+    check_that_it_can_be_built(options_of(file))
+
+
+def check_that_it_can_be_built(options: dict[str, Any]) -> None:
     network_options = {
         key: None if key in ('pretrained', 'encoder_weights') else value
         for key, value in options['network'].items()
@@ -182,10 +203,56 @@ def test_network_loss_and_optimizer_of_a_file_can_be_built(file: str) -> None:
     assert optimizer.param_groups[0]['lr'] == train['optim']['lr']
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_variant_fits_behind_every_recipe_of_a_student(variant: str) -> None:
+    names = set()
+    for file in DISTILLED:
+        options = variant_of(file, variant)
+        check_that_it_can_be_built(options)
+        names.add(options['name'])
+        train, head = options['train'], options['network'].get('head', 'likert')
+        if variant == 'regression.yml':
+            assert (head, options['teacher']) == ('regression', None)
+            assert train['distillation_loss_opt'] is None
+            continue
+        assert head == 'likert'
+        assert options['teacher']['weights']
+        assert options['teacher']['cache'] == 'experiments/teacher_cache'
+        loss = build_loss(train['distillation_loss_opt'])
+        weights = [loss.soft_weight_at(progress) for progress in (0, 0.5, 1)]
+        assert weights == pytest.approx(SOFT_WEIGHTS.get(variant, [1, 0.5, 0]))
+        start = 'ridge' if variant == 'ridge.yml' else None
+        assert train.get('projection_start') == start
+    assert len(names) == len(DISTILLED)
+    assert not names & {options_of(file)['name'] for file in FILES}
+
+
+@pytest.mark.parametrize(
+    'file', [name for name in OVERLAYS if not name.startswith('variants/')]
+)
+def test_a_protocol_changes_the_split_alone(file: str) -> None:
+    for stage in STAGES:
+        recipe = CONFIGS / Path(file).parent / f'{stage}.yml'
+        plain, other = load_options(recipe), load_options([recipe, CONFIGS / file])
+        for phase, data in other['datasets'].items():
+            before = plain['datasets'][phase]
+            changed = {key for key in data if data[key] != before[key]}
+            assert changed
+            assert changed <= {'meta_info_file', 'split_index', 'override_phase'}
+        assert other | {'datasets': None} == plain | {'datasets': None}
+
+
+def test_a_student_has_a_teacher_with_weights_or_none() -> None:
+    """Not one that has nothing but a cache."""
+    for file in FILES:
+        teacher = options_of(file).get('teacher')
+        assert teacher is None or teacher['weights']
+
+
 def test_the_readme_has_a_row_for_every_file_and_no_other() -> None:
     text = (CONFIGS / 'README.md').read_text()
-    rows = set(re.findall(r'^\| `([\w/]+\.yml)`', text, flags=re.MULTILINE))
-    assert rows == set(FILES)
+    rows = set(re.findall(r'^\| `([\w/.]+\.yml)`', text, flags=re.MULTILINE))
+    assert rows == {*FILES, *OVERLAYS}
 
 
 # --- one iteration of each ---------------------------------------------------------
@@ -289,6 +356,21 @@ def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     return Recorder(monkeypatch)
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_one_iteration_of_a_variant_runs_in_the_host(
+    variant: str, tmp_path: Path, recorder: Recorder
+) -> None:
+    file = 'biq2021_small/stage3_student.yml'
+    overrides = tiny_overrides(tmp_path, file)
+    if variant == 'regression.yml':
+        overrides = [o for o in overrides if not o.startswith('teacher:')]
+    files = [str(CONFIGS / file), str(CONFIGS / 'variants' / variant)]
+    pipeline.train(['-opt', *files, '--force_yml', *overrides])
+    assert len(recorder.logged) == 1
+    assert all(math.isfinite(value) for value in recorder.logged[0].values())
+    assert (recorder.models[0].teacher is None) == (variant == 'regression.yml')
+
+
 @pytest.mark.parametrize('file', FILES)
 def test_one_iteration_of_a_file_runs_in_the_host(
     file: str, tmp_path: Path, recorder: Recorder
@@ -387,8 +469,9 @@ def test_the_three_stages_run_on_the_smoke_set_from_the_shipped_files(
     assert teacher.keys() == best.keys()
     assert all(torch.equal(teacher[name], best[name]) for name in best)
     check_what_moved(recorder.first[2], copied(model.net))
-    assert torch.equal(model.net.head.anchors, clip['head.anchors'])
-    assert torch.equal(model.net.head.temperature, clip['head.temperature'])
+    student = model.net.state_dict()
+    assert torch.equal(student['head.anchors'], clip['head.anchors'])
+    assert torch.equal(student['head.temperature'], clip['head.temperature'])
     latest = load_network('experiments/stage3_resnet18_smoke/models/net_latest.pth')
     assert not any('teacher' in name for name in latest.state_dict())
 

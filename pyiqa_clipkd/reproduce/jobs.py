@@ -1,4 +1,8 @@
-"""Runs as processes: several at once, safe against kills, teachers first."""
+"""Runs as processes: several at once, teachers first, safe against kills.
+
+A run's process holds a lock as long as it lives, even where the process that started
+it has been killed. Whoever else wants the run waits for the lock.
+"""
 
 from __future__ import annotations
 
@@ -13,44 +17,41 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from pyiqa_clipkd.plan import Run
+from pyiqa_clipkd.reproduce.plan import Run
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # not a Unix: nothing keeps two processes from one run
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 LOCKS = Path('experiments', '.locks')
 SECONDS_BETWEEN_LOOKS = 0.2
 PR_SET_PDEATHSIG = 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Child:
-    """A running process, and where it writes."""
+    """A running process; `slot` is its number among those that run at once."""
 
     process: subprocess.Popen[bytes]
     log: Path
+    slot: int
     started: float
-
-    def stop(self, how: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, how)
 
 
 class Jobs:
-    """Runs trainings in processes of their own.
-
-    A run holds a lock as long as its process lives, even where this process has been
-    killed; whoever wants the same run waits for it.
+    """Runs trainings and tests in processes of their own.
 
     Args:
         scripts: folder of train.py and test.py.
         logs: folder for what the processes print.
         at_once: how many processes.
-        is_finished: whether a run has its results.
+        collect: takes a run and the seconds that it took (`None`: another process ran
+            it); says whether it has finished.
+        gpus: numbers of the GPUs that the processes share, one each.
     """
 
     def __init__(
@@ -59,48 +60,50 @@ class Jobs:
         *,
         logs: Path,
         at_once: int,
-        is_finished: Callable[[Run], bool],
+        collect: Callable[[Run, float | None], bool],
+        gpus: Sequence[str] = (),
     ) -> None:
         self.scripts = scripts
         self.logs = logs
         self.at_once = at_once
-        self.is_finished = is_finished
-        self.failed: dict[Run, str] = {}
+        self.collect = collect
+        self.gpus = gpus
+        self.failed: set[Run] = set()
         self._waiting: list[Run] = []
         self._active: dict[Run, Child] = {}
         self._elsewhere: set[Run] = set()
 
-    def run(self, runs: Sequence[Run]) -> dict[Run, str]:
-        """Run all of them, each after its teacher.
+    def run(self, runs: Sequence[Run]) -> set[Run]:
+        """Run all of them, each after its teacher; stop all where this is stopped.
 
         Returns:
-            The runs that failed, and why.
+            The runs that failed.
         """
         self._waiting = list(runs)
         try:
             while self._waiting or self._active:
-                self._collect()
+                self._look()
                 self._start_some()
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:
             self._stop()
         return self.failed
 
-    def _collect(self) -> None:
+    def _look(self) -> None:
         for run, child in list(self._active.items()):
             code = child.process.poll()
             if code is None:
                 continue
             del self._active[run]
             seconds = time.time() - child.started
-            if self.is_finished(run):
+            if self.collect(run, seconds):
                 keep_best(run)
                 print(f'finished {run.name} ({seconds:.0f} s)', flush=True)
             else:
                 self._fail(run, f'exit code {code}, {child.log}:\n{_tail(child.log)}')
 
     def _fail(self, run: Run, why: str) -> None:
-        self.failed[run] = why
+        self.failed.add(run)
         print(f'FAILED {run.name}: {why}', flush=True)
 
     def _start_some(self) -> None:
@@ -124,7 +127,7 @@ class Jobs:
                 print(f'waiting for the process that has {run.name}', flush=True)
             return False
         with lock:
-            if self.is_finished(run):
+            if self.collect(run, None):
                 return True
             clear_unfinished(run)
             self._active[run] = self._process(run, lock)
@@ -135,24 +138,33 @@ class Jobs:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f'{run.name}.log'
         script = self.scripts / ('test.py' if run.is_test else 'train.py')
-        threads = max(1, available_cores() // self.at_once)
+        taken = {child.slot for child in self._active.values()}
+        slot = min(set(range(self.at_once)) - taken)
         with log.open('ab') as output:
             process = subprocess.Popen(
                 [sys.executable, str(script), *run.arguments()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={'OMP_NUM_THREADS': str(threads), **os.environ},
+                env=self._environment(slot),
                 pass_fds=[lock.fileno()] if fcntl else [],
                 preexec_fn=_die_with_parent() if sys.platform == 'linux' else None,
-                start_new_session=True,
+                start_new_session=True,  # Ctrl-C is for this process, which stops it
             )
-        return Child(process, log, time.time())
+        return Child(process, log, slot, time.time())
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        """A share of the cores, and one GPU: a recipe's batch is that of one."""
+        threads = max(1, available_cores() // self.at_once)
+        environment = {'OMP_NUM_THREADS': str(threads), **os.environ}
+        if self.gpus:
+            environment['CUDA_VISIBLE_DEVICES'] = self.gpus[slot % len(self.gpus)]
+        return environment
 
     def _stop(self) -> None:
         for how in (signal.SIGTERM, signal.SIGKILL):
             for child in self._active.values():
-                child.stop(how)
+                child.process.send_signal(how)
             for child in self._active.values():
                 with suppress(subprocess.TimeoutExpired):
                     child.process.wait(timeout=10)
@@ -185,16 +197,19 @@ def _lock(path: Path) -> IO[str] | None:
     return file
 
 
-def can_resume(run: Run) -> bool:
-    """Whether there is a training state with its weights."""
+def done(run: Run) -> int:
+    """The iteration that an unfinished run can go on from; 0 if there is none."""
     states = (run.folder / 'training_states').glob('*.state')
     models = run.folder / 'models'
-    return any((models / f'net_{state.stem}.pth').is_file() for state in states)
+    iterations = [state.stem for state in states if state.stem.isdigit()]
+    return max(
+        (int(i) for i in iterations if (models / f'net_{i}.pth').is_file()), default=0
+    )
 
 
 def clear_unfinished(run: Run) -> None:
     """Remove what a run left that can't go on; the host would archive it."""
-    if not can_resume(run):
+    if not done(run):
         shutil.rmtree(run.folder, ignore_errors=True)
         shutil.rmtree(Path('tb_logger', run.name), ignore_errors=True)
 
@@ -208,6 +223,7 @@ def keep_best(run: Run) -> None:
 
 
 def available_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""The paper's tables from the shipped recipes: plan, run, collect, compare."""
