@@ -727,9 +727,9 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 def raw_rows(folder: Path) -> list[Row]:
-    """All but the seconds."""
+    """All but the seconds, and the commit, which may change while a test runs."""
     with (folder / 'out' / 'raw.csv').open(newline='') as file:
-        return [row | {'seconds': ''} for row in csv.DictReader(file)]
+        return [row | {'seconds': '', 'commit': ''} for row in csv.DictReader(file)]
 
 
 def logged(folder: Path) -> int:
