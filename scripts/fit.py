@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pyiqa_clipkd.fit import main
+from pyiqa_clipkd.fit.command import main
 
 if __name__ == '__main__':
     main(Path(__file__).resolve().parents[1] / 'configs')

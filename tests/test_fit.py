@@ -20,13 +20,14 @@ import torch
 import yaml
 from training_data import SIZE, write_images, write_teacher
 
-from pyiqa_clipkd import fit_plan, pipeline
+from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.encoders import build_timm_encoder
-from pyiqa_clipkd.fit import main
+from pyiqa_clipkd.fit import plan as fit_plan
+from pyiqa_clipkd.fit.command import main
+from pyiqa_clipkd.fit.starts import find_start
 from pyiqa_clipkd.network import CLIPKDStudent, load_network
 from pyiqa_clipkd.options import load_options
 from pyiqa_clipkd.publish import publish
-from pyiqa_clipkd.starts import find_start
 from pyiqa_clipkd.weights import file_hash, find_weights, read_weights
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +175,7 @@ def test_groups_and_near_copies_stay_on_one_side(folder: Path) -> None:
 def plan_of(
     *flags: str, student: str = STUDENT, configs: Path = CONFIGS
 ) -> fit_plan.Plan:
-    from pyiqa_clipkd.fit import parse
+    from pyiqa_clipkd.fit.command import parse
 
     arguments = ['photos.csv', '--images', 'data/images', '--name', 'mine']
     args = parse([*arguments, '--student', student, *flags])

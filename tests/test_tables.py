@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from pyiqa_clipkd.tables import Table, TableError, load_table
+from pyiqa_clipkd.fit.tables import Table, TableError, load_table
 
 ROWS = 24
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from pyiqa_clipkd.encoders import OPEN_CLIP
-from pyiqa_clipkd.fit_checks import (
+from pyiqa_clipkd.fit.checks import (
     NEW_TEACHER,
     SPLIT,
     check_arguments,
@@ -24,16 +24,16 @@ from pyiqa_clipkd.fit_checks import (
     check_teacher,
     make_split,
 )
-from pyiqa_clipkd.head import HIGHEST, LOWEST
-from pyiqa_clipkd.names import PREFIX
-from pyiqa_clipkd.options import load_options
-from pyiqa_clipkd.starts import (
+from pyiqa_clipkd.fit.starts import (
     PUBLISHED,
     Start,
     find_start,
     imagenet_weights,
     short_name,
 )
+from pyiqa_clipkd.head import HIGHEST, LOWEST
+from pyiqa_clipkd.names import PREFIX
+from pyiqa_clipkd.options import load_options
 from pyiqa_clipkd.weights import find_weights
 
 TEACHER = 'timm:efficientnet_lite2'  # where no CLIP is at hand

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 
+from pyiqa_clipkd.fit.tables import FEWEST, load_table
 from pyiqa_clipkd.names import SUFFIX, weights_folder
 from pyiqa_clipkd.near_copies import near_copies
 from pyiqa_clipkd.splits import add_splits, content_groups
-from pyiqa_clipkd.tables import FEWEST, load_table
 from pyiqa_clipkd.weights import read_weights
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+-]*')
