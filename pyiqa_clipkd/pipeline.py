@@ -69,7 +69,7 @@ def run_record(
         'command': ' '.join(['python', *sys.argv]),
         'results': results,
         'seconds': round(seconds),
-        'commit': _commit(),
+        'commit': checkout_commit(),
         'version': __version__,
         'torch': torch.__version__,
         'gpus': options['num_gpu'],
@@ -78,7 +78,7 @@ def run_record(
     }
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
     """The commit of this checkout; `None` where the package isn't in one."""
     checkout = Path(__file__).resolve().parents[1]
     git = ['git', '-C', str(checkout), 'rev-parse', '--show-toplevel', 'HEAD']

@@ -108,26 +108,25 @@ class Writer:
         self.pid = os.getpid()
         self.path = folder / f'shard-{secrets.token_hex(8)}.bin'
         self._file = FileIO(str(self.path), 'x')
-        self._record = _record_bytes(dim)
         self._rows = 0
         self._header = _header(dim)
+
+    def is_usable(self) -> bool:
+        """Not in a forked process, nor after someone has removed the file."""
+        return self.pid == os.getpid() and self.path.exists()
 
     def append(self, embeddings: dict[bytes, NDArray[Any]]) -> int:
         """Write records whole and at once; returns the first one's row.
 
         Raises:
-            OSError: if they don't fit. What fitted of them is cut off again.
+            OSError: if they don't fit. What fitted stays (others may have mapped it),
+                whole records can be read, and nothing more may be appended.
         """
         first = self._rows
-        start = HEADER_BYTES + first * self._record if first else 0
         content = b''.join(_record(*item) for item in embeddings.items())
         left = memoryview(content if first else self._header + content)
-        try:
-            while left:
-                left = left[self._file.write(left) or 0 :]
-        except OSError:
-            self._file.truncate(start)
-            raise
+        while left:
+            left = left[self._file.write(left) or 0 :]
         self._rows += len(embeddings)
         return first
 

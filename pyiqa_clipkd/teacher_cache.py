@@ -209,7 +209,7 @@ class TeacherCache:
             return
         unique = dict(zip(keys, embeddings.cpu().numpy(), strict=True))
         try:
-            if self._writer is None or self._writer.pid != os.getpid():
+            if self._writer is None or not self._writer.is_usable():
                 self._writer = Writer(self.folder, self.dim)
             first = self._writer.append(unique)
         except OSError as error:

@@ -67,7 +67,7 @@ from pyiqa_clipkd.options import load_options
 from pyiqa_clipkd.pipeline import keep_freed_memory
 from pyiqa_clipkd.views import EpochSampler, SeededDataset
 keep_freed_memory()
-ROUNDS, LOADED = 12, 8
+BATCH, ROUNDS, LOADED = 16, 9, 4
 TEACHER = dict(type='CLIPLikert', encoder='timm:efficientnet_lite2', pretrained=None)
 MODES = {
     'supervised': dict(teacher=None),
@@ -78,7 +78,7 @@ MODES = {
 def built(mode):
     file = sys.argv[1] + '/configs/smoke/stage3_student.yml'
     options = load_options(file, ['network:encoder=efficientnet_lite',
-        'data:batch_size_per_gpu=32', 'network:encoder_weights=~']) | MODES[mode]
+        f'data:batch_size_per_gpu={BATCH}', 'network:encoder_weights=~']) | MODES[mode]
     options['train']['channels_last'] = True
     options['train']['total_iter'] = 1000
     # All of it soft: the teacher is asked in every step.
@@ -95,8 +95,8 @@ data = next(iter(models.values())).opt['datasets']['train']
 
 def batches(keys, workers):
     views = SeededDataset(build_dataset(data), 1, keys=keys)
-    order = [(0, i, i % len(views)) for i in range(32 * LOADED)]
-    return DataLoader(views, batch_size=32, sampler=order, num_workers=workers)
+    order = [(0, i, i % len(views)) for i in range(BATCH * LOADED)]
+    return DataLoader(views, batch_size=BATCH, sampler=order, num_workers=workers)
 
 def step(mode, batch, iteration):
     models[mode].feed_data(batch)
@@ -109,7 +109,7 @@ for turn in range(ROUNDS + 2):
         start = time.perf_counter()
         step(mode, kept[turn % 2], turn + 1)
         if turn > 1:
-            times[mode].append((time.perf_counter() - start) * 1000 / 32)
+            times[mode].append((time.perf_counter() - start) * 1000 / BATCH)
 result = {mode: statistics.median(values) for mode, values in times.items()}
 result |= {
     f'{mode}_ratio': statistics.median(
@@ -122,7 +122,7 @@ for turn in range(3):
         start = time.perf_counter()
         for batch in batches(mode == 'cached', 1):
             step(mode, batch, 500)
-        loaded[mode].append((time.perf_counter() - start) * 1000 / 32 / LOADED)
+        loaded[mode].append((time.perf_counter() - start) * 1000 / BATCH / LOADED)
 result['with_loader'] = {m: statistics.median(v) for m, v in loaded.items()}
 result['with_loader'] |= {
     f'{mode}_ratio': statistics.median(

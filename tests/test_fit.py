@@ -314,13 +314,14 @@ def test_a_resume_of_a_finished_fit_trains_no_more(
     assert Path('fits/mine/result.json').is_file()
 
 
-@pytest.mark.slow
-def test_an_experiment_of_a_removed_fit_is_moved_aside(folder: Path) -> None:
+def test_an_experiment_of_another_fit_is_left_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     EXPERIMENT.mkdir(parents=True)
     (EXPERIMENT / 'run.json').write_text('{"seconds": 1}')
-    fit()
-    assert LATEST.is_file()
-    assert list(Path('experiments').glob('*_archived_*/run.json'))
+    assert f'{EXPERIMENT} is there already' in error(capsys, fit)
+    assert list(EXPERIMENT.iterdir()) == [EXPERIMENT / 'run.json']
+    assert not Path('fits/mine').exists()
 
 
 @pytest.mark.slow

@@ -331,9 +331,9 @@ def test_download_asks_the_host(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pyiqa, 'load_dataset', load_dataset)
-    arguments = ['--protocol', 'by_image', '--splits', '1', '--download']
-    assert main(ROOT, ['table1', '--data', 'spaq', *arguments]) == 1
-    assert asked == [('spaq', 'datasets')]
+    arguments = ['--splits', '1', '--download']
+    assert main(ROOT, ['table1', '--data', 'csiq', 'spaq', *arguments]) == 1
+    assert asked == [('csiq', 'datasets'), ('spaq', 'datasets')]
     output = capsys.readouterr().out
     assert 'The download of spaq failed (ConnectionError: no network).' in output
 
@@ -387,13 +387,25 @@ def test_own_scores_become_an_option_file_with_splits(tmp_path: Path) -> None:
     assert (table['ratio802_seed123_split_04'] == 'train').sum() == 22
     before = runs[1].config
     meta.write_text(meta.read_text().replace('0.', '0.1'))
-    own_data(meta, tmp_path / 'data/images', tmp_path / 'out', group='mos')
+    again = own_data(meta, tmp_path / 'data/images', tmp_path / 'out', group='mos')
+    assert file.is_file()
     changed = expand(
-        Recipe(CONFIGS / 'koniq10k', (file,)),
+        Recipe(CONFIGS / 'koniq10k', (again,)),
         variants=variant_files('ours'),
         students=['swin'],
     )
     assert changed[1].config != before
+
+
+def test_other_groups_are_another_configuration(tmp_path: Path) -> None:
+    meta = write_images(tmp_path / 'data')
+    hashes = []
+    for group in (None, 'mos', 'mos'):
+        file = own_data(meta, tmp_path / 'data/images', tmp_path / 'out', group=group)
+        recipe = Recipe(CONFIGS / 'koniq10k', (file,))
+        runs = expand(recipe, variants=variant_files('ours'), students=['swin'])
+        hashes.append(runs[1].config)
+    assert hashes[0] != hashes[1] == hashes[2]
 
 
 def test_own_scores_that_are_none_are_refused(tmp_path: Path) -> None:

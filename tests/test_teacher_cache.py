@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -399,8 +400,25 @@ def test_a_full_disk_is_one_warning(
     torch.testing.assert_close(torch.cat(results), expected[order], atol=1e-6, rtol=0)
     assert len(warnings_seen) == 1
     assert 'training goes on' in warnings_seen[0]
-    assert shards(tmp_path)[0].stat().st_size == HEADER + 4 * RECORD
-    assert len(TeacherCache(tmp_path, teacher)) == 4
+    # What fitted stays: another process may have mapped it.
+    assert shards(tmp_path)[0].stat().st_size == HEADER + 6 * RECORD
+    assert len(TeacherCache(tmp_path, teacher)) == 6
+
+
+def test_a_folder_that_is_removed_is_made_again(
+    tmp_path: Path, teacher: QualityNetwork
+) -> None:
+    img, keys = build_views(4)
+    expected = teacher.embed(img)
+    cache = TeacherCache(tmp_path, teacher)
+    cache.embed(img[:2], keys[:2])
+    shutil.rmtree(tmp_path)
+    for _ in range(2):
+        torch.testing.assert_close(cache.embed(img, keys), expected, atol=1e-6, rtol=0)
+    assert len(TeacherCache(tmp_path, teacher)) >= 2
+    again = TeacherCache(tmp_path, teacher)
+    again.embed(img[2:], keys[2:])
+    assert again.misses == 0
 
 
 def test_a_folder_that_cannot_be_made_is_one_warning(

@@ -100,7 +100,10 @@ def measure(plan: Plan) -> Figures:
         ]
         if path is not None
     }
-    return correlations(scores, plan.labels, seed=plan.args.seed)
+    figures = correlations(scores, plan.labels, seed=plan.args.seed)
+    if 'change' in figures and 'before' not in figures:
+        figures['above teacher'] = figures.pop('change')
+    return figures
 
 
 def publish_and_record(plan: Plan, figures: Figures, seconds: float) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,10 +213,13 @@ def write(plan: Plan) -> None:
                     f'with, but {file} would change.'
                 )
         return
-    for stage in plan.stages:  # of an earlier fit whose folder is gone
+    for stage in plan.stages:
         if stage.experiment.exists():
-            stamp = time.strftime('%Y%m%d_%H%M%S')
-            stage.experiment.rename(f'{stage.experiment}_archived_{stamp}')
+            raise ValueError(
+                f'{stage.experiment} is there already, of a fit with another '
+                '`--output` or one that was removed: take another `--name`, or remove '
+                'the folder.'
+            )
     partial = plan.folder.with_name(f'.{plan.folder.name}.part')
     partial.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():

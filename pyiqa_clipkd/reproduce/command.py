@@ -43,7 +43,16 @@ def _numbers(word: str) -> list[int]:
     first, _, last = word.partition('-')
     if not first.isdigit() or not (last or first).isdigit():
         raise argparse.ArgumentTypeError(f'must be like 1-10 or 7, but got {word!r}')
-    return list(range(int(first), int(last or first) + 1))
+    numbers = list(range(int(first), int(last or first) + 1))
+    if not numbers:
+        raise argparse.ArgumentTypeError(f'must go upwards, but got {word!r}')
+    return numbers
+
+
+def _positive(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, but got {word!r}')
+    return int(word)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--seeds', nargs='+', type=int, default=[123])
     add('--recipe', default='koniq10k', help="folder of configs behind one's own data")
     add('--force_yml', nargs='+', default=[], metavar='KEY:KEY=VALUE')
-    add('--jobs', type=int, default=1, help='runs at once')
+    add('--jobs', type=_positive, default=1, help='runs at once')
     add('--dry-run', action='store_true', help='print the plan only')
     add('-o', '--output', type=Path, help='folder; default: results/<table>')
     parser = argparse.ArgumentParser(description=__doc__)

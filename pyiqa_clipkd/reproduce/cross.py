@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +68,9 @@ def cross_run(trained: Run, recipe: Recipe, split: int | None, folder: Path) -> 
         name += f'_split{split:02d}'
     else:
         data.pop('override_phase', None)
+    # Another label range or table is another test.
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    name += f'_{digest[:8]}'
     options = copy.deepcopy(
         {key: trained.options[key] for key in ('model_type', 'num_gpu', 'val')}
     )

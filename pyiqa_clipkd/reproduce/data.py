@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pyiqa_clipkd.splits import add_splits
 PATHS = ('meta_info_file', 'dataroot_target', 'dataroot_ref')
 ARCHIVES = 'https://huggingface.co/datasets/chaofengc/IQA-PyTorch-Datasets'
 ROOT = Path('datasets')
+OWN = ROOT / 'own'  # tables of one's own, the same for all tables of results
 
 
 def iterations(options: dict[str, Any]) -> int:
@@ -98,6 +100,8 @@ def explain(run: Run, paths: Sequence[Path]) -> str:
     lines = [f'{run.data}: there is no {", ".join(map(str, paths))}.']
     if page := source.get('page'):
         lines.append(f'  The data set is at {page}.')
+    if hint := source.get('hint'):
+        lines.append(f'  {hint}')
     if name := source.get('pyiqa'):
         lines.append(
             f"  pyiqa's archive of it ({name}.tgz) is at {ARCHIVES}, its tables of "
@@ -156,6 +160,10 @@ def own_data(
             f'{images}.'
         )
     rows = pd.read_csv(table)
+    if rows.shape[1] < 2:
+        raise ValueError(
+            f'{table} must have the columns image and score, but got {", ".join(rows)}.'
+        )
     if group and group not in rows:
         raise ValueError(
             f'`--group` must be one of {", ".join(rows)}, but got {group!r}.'
@@ -167,8 +175,10 @@ def own_data(
         )
     scores = rows.iloc[:, 1]
     folder.mkdir(parents=True, exist_ok=True)
-    splits = folder / f'{table.stem}_splits.csv'
-    add_splits(rows, group).to_csv(splits, index=False)
+    text = add_splits(rows, group).to_csv(index=False)
+    # Named by its content, which so is part of the hash of each run.
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    splits = _write_once(folder / f'{table.stem}_{digest}.csv', text)
     data = {
         'name': table.stem,
         'protocol': 'by_group' if group else 'by_image',
@@ -182,6 +192,15 @@ def own_data(
         'split_index': 1,
         'override_phase': 'val',
     }
-    file = folder / f'{table.stem}.yml'
-    file.write_text(yaml.safe_dump({'data': data}, sort_keys=False))
-    return file
+    options = yaml.safe_dump({'data': data}, sort_keys=False)
+    digest = hashlib.sha256(options.encode()).hexdigest()[:8]
+    return _write_once(folder / f'{table.stem}_{digest}.yml', options)
+
+
+def _write_once(path: Path, text: str) -> Path:
+    """Write a file that is named by its content, whole or not at all."""
+    if not path.is_file():
+        partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
+        partial.write_text(text, encoding='utf-8')
+        os.replace(partial, path)
+    return path

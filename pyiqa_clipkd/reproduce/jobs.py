@@ -128,6 +128,7 @@ class Jobs:
             return False
         with lock:
             if self.collect(run, None):
+                keep_best(run)
                 return True
             clear_unfinished(run)
             self._active[run] = self._process(run, lock)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyiqa_clipkd.reproduce.plan import Run
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: calls don't take turns
+    fcntl = None  # type: ignore[assignment]
 
 COLUMNS = (
     'data',
@@ -85,12 +91,22 @@ class RawResults:
         Args:
             seconds: how long it took, where it doesn't say so itself.
         """
-        rows = self.read()
-        row = self.row(run, rows, seconds)
-        if row is not None:
-            rows[run.name] = row
-            self.write(rows.values())
+        with self._alone():
+            rows = self.read()
+            row = self.row(run, rows, seconds)
+            if row is not None:
+                rows[run.name] = row
+                self.write(rows.values())
         return row is not None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Calls that write to the same table take turns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(f'.{self.path.name}.lock').open('w') as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def row(self, run: Run, rows: dict[str, Row], seconds: float | None) -> Row | None:
         """What `collect` adds to `rows`."""
@@ -146,4 +162,4 @@ def _commit() -> str:
     """A test leaves no record: the commit of the checkout as it is now."""
     from pyiqa_clipkd import pipeline
 
-    return pipeline._commit() or ''
+    return pipeline.checkout_commit() or ''

@@ -15,6 +15,7 @@ from pyiqa_clipkd.reproduce.cross import (
     write_option_file,
 )
 from pyiqa_clipkd.reproduce.data import (
+    OWN,
     download,
     explain,
     iterations,
@@ -23,7 +24,7 @@ from pyiqa_clipkd.reproduce.data import (
     own_data,
 )
 from pyiqa_clipkd.reproduce.hours import Hours
-from pyiqa_clipkd.reproduce.jobs import Jobs, done
+from pyiqa_clipkd.reproduce.jobs import Jobs, done, keep_best
 from pyiqa_clipkd.reproduce.plan import OURS, VARIANTS, Run, check_names, expand
 from pyiqa_clipkd.reproduce.recipe import STUDENT_FILE, Recipe
 from pyiqa_clipkd.reproduce.report import markdown, read_paper
@@ -66,6 +67,7 @@ class Session:
         for run in runs:
             if run.name not in rows and run in finished:
                 self.raw.collect(run)
+                keep_best(run)
         self.current = {run.config for run in runs}
         here = [run for run in todo if (run.data, run.protocol) not in absent]
         for run in here:
@@ -85,7 +87,7 @@ class Session:
         own = own_data(
             args.csv,
             args.images,
-            self.output,
+            OWN,
             mos_range=args.mos_range,
             group=args.group,
         )
@@ -128,9 +130,12 @@ class Session:
         """(data, protocol) without data; prints one message for each data set."""
         absent: dict[tuple[str, str], str] = {}
         write = not self.args.dry_run
+        asked: set[str] = set()
         for recipe, plan in plans.items():
             for run in {(run.data, run.protocol): run for run in plan}.values():
-                if missing(run.options) and self.args.download and write:
+                wanted = self.args.download and write and run.data not in asked
+                if wanted and missing(run.options):
+                    asked.add(run.data)
                     try:
                         download(run)
                     except (ValueError, RuntimeError) as error:
