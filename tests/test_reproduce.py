@@ -399,8 +399,10 @@ def test_own_scores_become_an_option_file_with_splits(tmp_path: Path) -> None:
 
 def test_other_groups_are_another_configuration(tmp_path: Path) -> None:
     meta = write_images(tmp_path / 'data')
+    table = pd.read_csv(meta)
+    table.assign(scene=table.index // 4).to_csv(meta, index=False)
     hashes = []
-    for group in (None, 'mos', 'mos'):
+    for group in (None, 'scene', 'scene'):
         file = own_data(meta, tmp_path / 'data/images', tmp_path / 'out', group=group)
         recipe = Recipe(CONFIGS / 'koniq10k', (file,))
         runs = expand(recipe, variants=variant_files('ours'), students=['swin'])
@@ -513,7 +515,9 @@ def test_a_cross_test_takes_the_images_of_one_and_the_network_of_the_other() -> 
     options = run.options
     data = options['datasets']['test_1']
     assert run.is_test
-    assert run.name == f'{trained.name}_on_koniq10k'
+    assert run.name.startswith(f'{trained.name}_on_koniq10k_')
+    other = cross_run(trained, Recipe(CONFIGS / 'spaq'), None, Path('out'))
+    assert run.name[-8:] != other.name[-8:]  # the hash of the test set's options
     assert options['path']['pretrain_network'] == trained.weights.as_posix()
     assert options['network']['encoder'] == 'resnet18'
     assert options['network']['encoder_weights'] is None
