@@ -21,6 +21,7 @@ from scipy.stats import pearsonr, spearmanr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pyiqa_clipkd.head import HIGHEST, LOWEST
+from pyiqa_clipkd.reproduce.plan import VARIANTS
 
 TEACHER = 'teacher'
 CURVES = {'soft_weight': 'soft_weight', 'l_soft': 'losses/l_soft'}
@@ -31,7 +32,9 @@ def plot_bars(table: pd.DataFrame, metric: str, path: Path) -> None:
     """One group of bars a student: the median over splits, and each split's point."""
     students = [s for s in pd.unique(table.student) if s not in teachers(table)]
     trained = table[table.student.isin(students)]
-    variants = list(pd.unique(trained.variant))
+    there = set(trained.variant)
+    variants = [v for v in VARIANTS if v in there]
+    variants += sorted(there - set(variants))
     figure, axes = plt.subplots(figsize=(1.5 + 3.2 * len(students), 3.6))
     width = 0.8 / len(variants)
     for number, variant in enumerate(variants):
