@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ from tqdm import tqdm
 
 from pyiqa_clipkd.distributed import share, wrap
 from pyiqa_clipkd.engine import TrainingEngine
+from pyiqa_clipkd.experiment import loop_iterations
+from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
 from pyiqa_clipkd.loss import DistillationTerms
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
+from pyiqa_clipkd.options import without_weights
+from pyiqa_clipkd.projection import start_projection
 from pyiqa_clipkd.teacher_cache import TeacherCache, view_key
 from pyiqa_clipkd.views import check_views, one_view_each
 from pyiqa_clipkd.weights import read_weights
@@ -51,37 +55,26 @@ def mos_to_score_range(mos: Tensor) -> Tensor:
 
 
 def iterations_that_run(opt: dict[str, Any]) -> int:
-    """How many iterations the host's loop will really run.
-
-    The loop plans with ceil(images / batch) an epoch, but its loader drops the last
-    short batch; it adds one spare epoch and stops at `total_iter` (never later).
+    """`loop_iterations` of an option file with its data.
 
     Raises:
         ValueError: if the training set doesn't fill one batch.
     """
     data = opt['datasets']['train']
-    images = len(build_dataset(data))
+    images = len(build_dataset(data)) * data.get('dataset_enlarge_ratio', 1)
     world_size = opt.get('world_size', 1)
     batch = data['batch_size_per_gpu']
-    a_rank = math.ceil(images * data.get('dataset_enlarge_ratio', 1) / world_size)
-    planned = math.ceil(
-        images * data.get('dataset_enlarge_ratio', 1) / (batch * world_size)
-    )
     loaded = batch if opt['dist'] else batch * max(1, opt['num_gpu'])
-    in_an_epoch = a_rank // loaded
-    if in_an_epoch == 0:
+    a_rank = math.ceil(images / world_size)
+    if a_rank < loaded:
         raise ValueError(
             f'The training set {data["name"]} has {a_rank} images for one process, '
             f'fewer than one batch of {loaded}: lower `batch_size_per_gpu` or raise '
             '`dataset_enlarge_ratio`.'
         )
-    train = opt['train']
-    total = train.get('total_iter')
-    if train.get('total_epoch') is not None:
-        total = int(train['total_epoch']) * planned
-    total = int(total)
-    epochs = math.ceil(total / planned)
-    return min(total, (epochs + 1) * in_an_epoch)
+    return loop_iterations(
+        opt['train'], images, batch, world_size=world_size, loaded=loaded
+    )
 
 
 def check_data_sets(opt: dict[str, Any]) -> None:
@@ -227,18 +220,17 @@ class CLIPKDModel(GeneralIQAModel):
         resumed = self.opt['path'].get('resume_state')
         if start == 'default' or resumed or self.opt.get('rank', 0) > 0:
             return
-        from pyiqa_clipkd.projection import start_projection
-
         student.to(self.device)
         views = one_view_each(
             build_dataset(self.opt['datasets']['train']), self.opt['manual_seed']
         )
-        batches = (
-            (img, self._teacher_embedding(teacher, img, batch['view_key']))
-            for batch in views
-            for img in [batch['img'].to(self.device)]
-        )
-        report = start_projection(student, batches)
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in views:
+                img = batch['img'].to(self.device)
+                yield img, self._teacher_embedding(teacher, img, batch['view_key'])
+
+        report = start_projection(student, batches())
         get_root_logger().info(f'Projection: {report}')
 
     def load_network(
@@ -280,7 +272,7 @@ class CLIPKDModel(GeneralIQAModel):
             self.cri_metric = self._build_loss('metric_loss_opt')
 
         self.net.train()
-        self.net_best = build_network(self._without_weights(self.opt['network']))
+        self.net_best = build_network(without_weights(self.opt['network']))
         self.net_best.to(self.device)
         # What the weights decided (QuickGELU, levels) belongs to their copy, too.
         self.net_best.config = self.get_bare_model(self.net).config
@@ -300,14 +292,6 @@ class CLIPKDModel(GeneralIQAModel):
             stage = 'with' if self.teacher is not None else 'without'
             raise ValueError(f'Training {stage} a teacher needs `train: {key}`.')
         return build_loss(options).to(self.device)
-
-    @staticmethod
-    def _without_weights(network: dict[str, Any]) -> dict[str, Any]:
-        """The same network, without reading its pretrained weights once more."""
-        none = {'encoder_weights': None, 'pretrained': None}
-        return {k: none.get(k, v) for k, v in network.items()} | (
-            {'pretrained': None} if network['type'] == 'CLIPLikert' else {}
-        )
 
     def setup_schedulers(self, scheduler_name: str = 'scheduler') -> None:
         """The host's schedulers step once an epoch; `CosinePerIteration` is smooth.
@@ -530,6 +514,5 @@ class CLIPKDModel(GeneralIQAModel):
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    torch.save(content, partial)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        torch.save(content, partial)

@@ -53,7 +53,7 @@ def load_options(
     data = options.pop(DATA, {})
     encoder = str((options.get('network') or {}).get('encoder', ''))
     words = {
-        '{encoder}': re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1]),
+        '{encoder}': encoder_word(encoder),
         '{data}': str(data.get('name', 'data')),
     }
     _fill(options, 'name', words)
@@ -64,6 +64,19 @@ def load_options(
     for key, own in (options.get('datasets') or {}).items():
         options['datasets'][key] = _merged(_unshared(data), own or {})
     return options
+
+
+def encoder_word(encoder: str) -> str:
+    """`timm:test_vit.in1k` -> `test_vit.in1k`, for names of folders and metrics."""
+    return re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1])
+
+
+def without_weights(network: dict[str, Any]) -> dict[str, Any]:
+    """The options of the same network, without reading its pretrained weights."""
+    none = {'encoder_weights': None, 'pretrained': None}
+    return {k: none.get(k, v) for k, v in network.items()} | (
+        {'pretrained': None} if network['type'] == 'CLIPLikert' else {}
+    )
 
 
 def _fill(place: dict[str, Any], key: str, words: dict[str, str]) -> None:

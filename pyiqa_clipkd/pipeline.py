@@ -28,7 +28,9 @@ import yaml
 from pyiqa_clipkd import __version__
 from pyiqa_clipkd.distributed import launched, shared
 from pyiqa_clipkd.engine import check_options
-from pyiqa_clipkd.options import load_options
+from pyiqa_clipkd.experiment import newest_checkpoint
+from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.options import load_options, without_weights
 from pyiqa_clipkd.views import EpochSampler, SeededDataset
 
 
@@ -48,9 +50,8 @@ def train(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if results is not None and folder.is_dir():
         seconds = resumed.get('seconds', 0) + time.time() - start
         record = run_record(options, results, seconds)
-        partial = folder / '.run.json.part'
-        partial.write_text(json.dumps(record, indent=2, default=float) + '\n')
-        os.replace(partial, folder / 'run.json')  # whole, or the run isn't finished
+        with written_whole(folder / 'run.json') as partial:  # or it isn't finished
+            partial.write_text(json.dumps(record, indent=2, default=float) + '\n')
     return results
 
 
@@ -113,8 +114,7 @@ def _test_what_was_trained(options: dict[str, Any], overrides: Sequence[str]) ->
         for phase, data in options['datasets'].items()
         if phase.split('_')[0] != 'train'
     }
-    for key in {'encoder_weights', 'pretrained'} & options['network'].keys():
-        options['network'][key] = None  # the checkpoint has them all
+    options['network'] = without_weights(options['network'])  # the checkpoint has all
     if not any(o.startswith('path:pretrain_network=') for o in overrides):
         best = Path('experiments', options['name'], 'models', 'net_best.pth')
         if not best.is_file():
@@ -260,12 +260,8 @@ def load_training_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     if opt['auto_resume']:
         states = Path(opt['path']['training_states'])
         models = Path(opt['path']['models'])
-        iterations = [
-            int(file.stem)
-            for file in states.glob('*.state')
-            if file.stem.isdigit() and (models / f'net_{file.stem}.pth').is_file()
-        ]
-        path = states / f'{max(iterations)}.state' if iterations else None
+        iteration = newest_checkpoint(states, models)
+        path = None if iteration is None else states / f'{iteration}.state'
     if path is None:
         return None
     opt['path']['resume_state'] = str(path)

@@ -70,8 +70,16 @@ def content_groups(
     Returns:
         (N,) numbers of the groups, from 0.
     """
-    rows = len(fingerprints)
-    first, second = near_copies(fingerprints)
+    return groups_of(len(fingerprints), near_copies(fingerprints), words)
+
+
+def groups_of(
+    rows: int,
+    pairs: tuple[np.ndarray, np.ndarray],
+    words: pd.Series | None = None,
+) -> np.ndarray:
+    """`content_groups` where the pairs of near copies are known."""
+    first, second = pairs
     if words is not None:
         numbers = _numbers(words)
         # Each row is tied to the first one with the same word.

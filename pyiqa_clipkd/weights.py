@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.names import SUFFIX, weights_folder
 from pyiqa_clipkd.torchscript import NeedsCodeError, is_torchscript, read_torchscript
 
@@ -146,16 +146,12 @@ def write_weights(
 
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        content = save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)},
-        )
+    content = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+    )
+    with written_whole(path) as partial:
         partial.write_bytes(content)  # with the user's usual permissions
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

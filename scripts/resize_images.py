@@ -17,6 +17,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from tqdm import tqdm
 
+from pyiqa_clipkd.files import written_whole
+
 
 def resize(name: str, images: Path, output: Path, size: int) -> str:
     """Write one photograph below `output`; what exists is kept. Returns its name."""
@@ -26,9 +28,9 @@ def resize(name: str, images: Path, output: Path, size: int) -> str:
         bicubic = Resize(size, interpolation=InterpolationMode.BICUBIC)
         image = Image.open(images / name).convert('RGB')
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f'.{path.name}.part')
-        Compose([bicubic, CenterCrop(size)])(image).save(part, 'png', compress_level=1)
-        part.replace(path)  # whole, or not there
+        small = Compose([bicubic, CenterCrop(size)])(image)
+        with written_whole(path) as partial:
+            small.save(partial, 'png', compress_level=1)
     return str(new)
 
 

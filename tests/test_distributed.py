@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,14 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from training_data import data_options, student_options, write_images, write_options
+from training_data import (
+    data_options,
+    finished,
+    start,
+    student_options,
+    write_images,
+    write_options,
+)
 
 from pyiqa_clipkd.distributed import launched, share, shared, wrap
 from pyiqa_clipkd.views import EpochSampler
@@ -175,30 +180,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp('data') / 'd', train=24).parent
 
 
-def start(
+def torchrun(
     folder: Path, options: dict[str, Any], processes: int, *flags: str
 ) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     write_options(folder / 'o.yml', options)
-    command = [sys.executable]
+    launcher: list[str] = []
     if processes > 1:
-        command += ['-m', 'torch.distributed.run', '--standalone']
-        command += [f'--nproc_per_node={processes}']
+        launcher = ['-m', 'torch.distributed.run', '--standalone']
+        launcher += [f'--nproc_per_node={processes}']
         flags = ('--launcher', 'pytorch', *flags)
-    return subprocess.Popen(
-        [*command, str(TRAIN), '-opt', 'o.yml', *flags],
-        cwd=folder,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    return start(folder, *launcher, str(TRAIN), '-opt', 'o.yml', *flags)
 
 
 def weights(folder: Path, label: str = 'net_latest') -> dict[str, Tensor]:
@@ -220,9 +212,9 @@ def test_two_processes_train_as_one_with_the_same_batch(
 ) -> None:
     """And at the same time as others: torchrun finds a free port."""
     started = [
-        start(tmp_path / 'one', training(data, 1), 1),
-        start(tmp_path / 'two', training(data, 2), 2),
-        start(tmp_path / 'grouped', training(data, 4, accumulate=2), 2),
+        torchrun(tmp_path / 'one', training(data, 1), 1),
+        torchrun(tmp_path / 'two', training(data, 2), 2),
+        torchrun(tmp_path / 'grouped', training(data, 4, accumulate=2), 2),
     ]
     for process in started:
         finished(process)
@@ -263,9 +255,9 @@ def test_two_processes_stopped_and_resumed_end_as_two_that_were_not(
     )
     options['val']['val_freq'] = 1000
     options['logger']['save_checkpoint_freq'] = 31
-    finished(start(tmp_path / 'whole', options, 2))
+    finished(torchrun(tmp_path / 'whole', options, 2))
 
-    process = start(tmp_path / 'stopped', options, 2)
+    process = torchrun(tmp_path / 'stopped', options, 2)
     folder = tmp_path / 'stopped/experiments/student/training_states'
     while not (folder / '31.state').exists():
         assert process.poll() is None, process.communicate()[0]
@@ -274,7 +266,7 @@ def test_two_processes_stopped_and_resumed_end_as_two_that_were_not(
     process.communicate()
     assert not (folder / '93.state').exists(), 'it was stopped too late'
     assert 'Resuming training' in finished(
-        start(tmp_path / 'stopped', options, 2, '--auto_resume')
+        torchrun(tmp_path / 'stopped', options, 2, '--auto_resume')
     )
     assert_close(weights(tmp_path / 'whole'), weights(tmp_path / 'stopped'), 0)
 
@@ -292,7 +284,7 @@ def test_an_error_in_one_process_ends_the_job_with_that_error(
     with table.open('w', newline='') as file:
         csv.writer(file).writerows(rows)
     options['datasets']['train']['meta_info_file'] = str(table)
-    process = start(tmp_path / 'run', options, 2)
+    process = torchrun(tmp_path / 'run', options, 2)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     last_words = output[output.index('Root Cause') :]

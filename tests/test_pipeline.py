@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import signal
@@ -14,7 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import student_options, write_images, write_options, write_teacher
+from training_data import (
+    finished,
+    start,
+    student_options,
+    write_images,
+    write_options,
+    write_teacher,
+)
 
 from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.weights import read_weights
@@ -50,21 +56,7 @@ def long_options(data: Path) -> dict[str, Any]:
 
 
 def train(folder: Path, options: Path, *flags: str) -> subprocess.Popen[str]:
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, str(TRAIN), '-opt', str(options), *flags],
-        cwd=folder,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+    return start(folder, str(TRAIN), '-opt', str(options), *flags)
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd  # type: ignore[import-untyped]
 import pytest
 import yaml
-from training_data import SIZE, data_options, write_images
+from training_data import SIZE, data_options, finished, start, write_images
 
 from pyiqa_clipkd.model import iterations_that_run
 from pyiqa_clipkd.options import load_options
@@ -725,21 +725,7 @@ def test_a_teacher_whose_weights_are_gone_is_trained_again_for_its_students(
 
 
 def reproduce(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        cwd=folder,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=1500)
-    assert process.returncode == 0, output
-    return output
+    return start(folder, str(SCRIPT), *arguments)
 
 
 def raw_rows(folder: Path) -> list[Row]:
@@ -766,7 +752,7 @@ def test_a_table_killed_five_times_has_the_rows_of_an_undisturbed_one(
     arguments = ['table2', '--data', str(recipe), '--splits', '1', '-o', 'out']
     arguments += ['--variants', 'regression', 'soft', 'ours']
     whole = tmp_path / 'whole'
-    output = finished(reproduce(whole, *arguments))
+    output = finished(reproduce(whole, *arguments), timeout=1500)
     assert output.count('finished ') == 1 + 2 * 3
 
     killed = tmp_path / 'killed'
@@ -778,7 +764,7 @@ def test_a_table_killed_five_times_has_the_rows_of_an_undisturbed_one(
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, 'it had finished already'
-    finished(reproduce(killed, *arguments, '--jobs', '2'))
+    finished(reproduce(killed, *arguments, '--jobs', '2'), timeout=1500)
 
     assert len(raw_rows(whole)) == 7
     assert raw_rows(killed) == raw_rows(whole)
@@ -788,7 +774,7 @@ def test_a_table_killed_five_times_has_the_rows_of_an_undisturbed_one(
     assert '| timm:test_efficientnet | ours - regression | 1 |' in tables[0]
     assert not list(killed.glob('experiments/*archived*'))
 
-    again = finished(reproduce(killed, *arguments))
+    again = finished(reproduce(killed, *arguments), timeout=1500)
     assert 'started' not in again
 
 
@@ -807,11 +793,11 @@ def test_trained_networks_are_tested_on_another_data_set(tmp_path: Path) -> None
     assert 'None of the 2 networks' in process.communicate()[0]
     assert process.returncode == 2
 
-    finished(reproduce(folder, 'table2', '--data', str(recipe), *common))
+    finished(reproduce(folder, 'table2', '--data', str(recipe), *common), timeout=1500)
     (folder / 'out' / 'raw.csv').unlink()
-    assert finished(reproduce(folder, *arguments)).count('finished ') == 2
+    assert finished(reproduce(folder, *arguments), timeout=1500).count('finished ') == 2
     rows = raw_rows(folder)
     assert [row['variant'] for row in rows] == ['ours', 'teacher']
     assert {(row['train_data'], row['test_data']) for row in rows} == {('tiny', 'meta')}
     assert all(-1 <= float(row['srcc']) <= 1 for row in rows)
-    assert 'started' not in finished(reproduce(folder, *arguments))
+    assert 'started' not in finished(reproduce(folder, *arguments), timeout=1500)

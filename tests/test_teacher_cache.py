@@ -343,9 +343,7 @@ def test_one_warning_a_damaged_file_names_it(
     assert 'damaged' in warnings_seen[0]
 
 
-def test_a_deleted_folder_is_made_again(
-    tmp_path: Path, teacher: QualityNetwork
-) -> None:
+def test_a_deleted_file_is_made_again(tmp_path: Path, teacher: QualityNetwork) -> None:
     img, keys = build_views(4)
     cache = TeacherCache(tmp_path, teacher)
     expected = cache.embed(img, keys)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +108,23 @@ def write_options(path: Path, options: dict[str, Any]) -> Path:
 
     path.write_text(yaml.dump(options, Dumper=Plain, sort_keys=False))
     return path
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A Python process in `folder`, with one thread and one stream of output."""
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], timeout: float = 300) -> str:
+    """What a process printed, once it has ended well."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output

@@ -12,7 +12,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from pyiqa_clipkd.fit.tables import FEWEST, load_table
 from pyiqa_clipkd.names import SUFFIX, weights_folder
 from pyiqa_clipkd.near_copies import near_copies
-from pyiqa_clipkd.splits import add_splits, content_groups
+from pyiqa_clipkd.splits import add_splits, groups_of
 from pyiqa_clipkd.weights import read_weights
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+-]*')
@@ -96,13 +96,14 @@ def make_split(args: argparse.Namespace) -> pd.DataFrame:
     )
     mos = table.rows['mos'].astype(float)
     args.mos_range = args.mos_range or [float(mos.min()), float(mos.max())]
-    groups = content_groups(table.fingerprints, table.rows.get('group'))
+    pairs = near_copies(table.fingerprints)
+    groups = groups_of(len(mos), pairs, table.rows.get('group'))
     names = _plain(table.rows['image'])
     split = pd.DataFrame({'img_name': names, 'mos': mos, 'group': groups})
     split = add_splits(split, 'group', splits=1, seed=args.seed)
     held_out = int((split[SPLIT] == 'val').sum())
     to_train = len(split) - held_out
-    near = len(np.unique(np.concatenate(near_copies(table.fingerprints))))
+    near = len(np.unique(np.concatenate(pairs)))
     image, score = table.columns
     low, high = args.mos_range
     better = 'lower' if args.lower_better else 'higher'

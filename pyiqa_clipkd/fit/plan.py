@@ -28,11 +28,10 @@ from pyiqa_clipkd.fit.starts import (
     Start,
     find_start,
     imagenet_weights,
-    short_name,
 )
 from pyiqa_clipkd.head import HIGHEST, LOWEST
 from pyiqa_clipkd.names import PREFIX
-from pyiqa_clipkd.options import load_options
+from pyiqa_clipkd.options import encoder_word, load_options
 from pyiqa_clipkd.weights import find_weights
 
 TEACHER = 'timm:efficientnet_lite2'  # where no CLIP is at hand
@@ -106,7 +105,7 @@ def make_plan(args: argparse.Namespace, configs: Path) -> Plan:
         ValueError: if an argument or the table is wrong, or the name is taken.
     """
     check_arguments(args)
-    metric = f'{PREFIX}{short_name(args.student)}-{args.name}'
+    metric = f'{PREFIX}{encoder_word(args.student)}-{args.name}'
     check_name_is_free(args, metric)
     if args.teacher not in (None, NEW_TEACHER):
         check_teacher(args.teacher)
@@ -178,7 +177,7 @@ def _add_stage(plan: Plan, configs: Path, recipe: str, own: dict[str, Any]) -> N
     if base.is_relative_to(Path.cwd()):
         base = Path(os.path.relpath(base, plan.folder))
     teacher = recipe.startswith('teacher')
-    word = 'teacher' if teacher else short_name(args.student)
+    word = 'teacher' if teacher else encoder_word(args.student)
     options = {
         '_base_': [base.as_posix()],
         'name': f'fit_{word}_{args.name}',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from pyiqa_clipkd.encoders import (
     resolve_encoder,
 )
 from pyiqa_clipkd.names import PREFIX
+from pyiqa_clipkd.options import encoder_word
 from pyiqa_clipkd.weights import find_weights, read_weights
 
 PUBLISHED = 'published'
@@ -35,11 +35,6 @@ class Start(NamedTuple):
     encoder_weights: str | None
     input_size: int
     words: str
-
-
-def short_name(student: str) -> str:
-    """The word for a student in names of metrics and folders."""
-    return re.sub(r'[^\w.-]+', '-', student.split(':')[-1])
 
 
 def find_start(student: str, start: str = PUBLISHED) -> Start:
@@ -63,7 +58,7 @@ def find_start(student: str, start: str = PUBLISHED) -> Start:
     if start in WITHOUT_FILE:
         weights = imagenet_weights(encoder) if start == 'imagenet' else None
         return Start(None, weights, 224, WITHOUT_FILE[start])
-    name = PREFIX + short_name(student)
+    name = PREFIX + encoder_word(student)
     path = find_weights(name) if start == PUBLISHED else Path(start)
     if path is None:
         known = [word for word in PRESETS if find_weights(PREFIX + word)]

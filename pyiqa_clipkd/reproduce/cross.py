@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,24 +10,13 @@ from pathlib import Path
 
 import yaml
 
+from pyiqa_clipkd.options import without_weights
 from pyiqa_clipkd.reproduce.plan import Run
-from pyiqa_clipkd.reproduce.recipe import STUDENT_FILE, Recipe
+from pyiqa_clipkd.reproduce.recipe import STUDENT_FILE, Recipe, short_hash
 from pyiqa_clipkd.reproduce.report import METRICS, spread, table
-from pyiqa_clipkd.reproduce.results import RawResults, Row, finished_row
+from pyiqa_clipkd.reproduce.results import RUN, RawResults, Row, finished_row
 
-COLUMNS = (
-    'train_data',
-    'test_data',
-    'protocol',
-    'student',
-    'variant',
-    'split',
-    'seed',
-    'plcc',
-    'srcc',
-    'config',
-    'name',
-)
+COLUMNS = ('train_data', 'test_data', *RUN, *METRICS, 'config', 'name')
 # Options of a data set that belong to the network, not to the data.
 OF_THE_NETWORK = ('augment', 'batch_size_per_gpu', 'num_worker_per_gpu', 'pin_memory')
 
@@ -69,19 +57,14 @@ def cross_run(trained: Run, recipe: Recipe, split: int | None, folder: Path) -> 
     else:
         data.pop('override_phase', None)
     # Another label range or table is another test.
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-    name += f'_{digest[:8]}'
+    name += f'_{short_hash(json.dumps(data, sort_keys=True))}'
     options = copy.deepcopy(
         {key: trained.options[key] for key in ('model_type', 'num_gpu', 'val')}
     )
-    network = trained.options['network']
     options |= {
         'name': name,
         'manual_seed': trained.seed,
-        'network': {
-            key: None if key in ('pretrained', 'encoder_weights') else value
-            for key, value in network.items()
-        },
+        'network': without_weights(trained.options['network']),
         'datasets': {'test_1': data},
         'path': {'pretrain_network': trained.weights.as_posix(), 'strict_load': True},
     }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,10 @@ from typing import Any
 import pandas as pd  # type: ignore[import-untyped]
 import yaml
 
+from pyiqa_clipkd.experiment import loop_iterations
+from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.reproduce.plan import Run
-from pyiqa_clipkd.reproduce.recipe import Recipe
+from pyiqa_clipkd.reproduce.recipe import Recipe, short_hash
 from pyiqa_clipkd.splits import add_splits
 
 PATHS = ('meta_info_file', 'dataroot_target', 'dataroot_ref')
@@ -34,16 +33,9 @@ def iterations(options: dict[str, Any]) -> int:
     """
     if 'train' not in options['datasets']:
         return 0
-    data, train = options['datasets']['train'], options['train']
+    data = options['datasets']['train']
     images = _training_images(data) * data.get('dataset_enlarge_ratio', 1)
-    batch = data['batch_size_per_gpu']
-    planned, loaded = math.ceil(images / batch), images // batch
-    if train.get('total_epoch') is None:
-        total = int(train['total_iter'])
-    else:
-        total = int(train['total_epoch']) * planned
-    # The host's loader drops the last short batch, and its loop adds an epoch.
-    return min(total, (math.ceil(total / planned) + 1) * loaded)
+    return loop_iterations(options['train'], images, data['batch_size_per_gpu'])
 
 
 def _training_images(data: dict[str, Any]) -> int:
@@ -83,9 +75,8 @@ def make_split_file(recipe: Recipe, run: Run, write: bool = True) -> Path | None
     if wanted.exists() or not original.is_file():
         return None
     if write:
-        partial = wanted.with_name(f'.{wanted.name}.{os.getpid()}.part')
-        add_splits(pd.read_csv(original), None).to_csv(partial, index=False)
-        os.replace(partial, wanted)
+        with written_whole(wanted) as partial:
+            add_splits(pd.read_csv(original), None).to_csv(partial, index=False)
         print(f'Wrote {wanted}: splits by image.')
     return wanted
 
@@ -177,8 +168,7 @@ def own_data(
     folder.mkdir(parents=True, exist_ok=True)
     text = add_splits(rows, group).to_csv(index=False)
     # Named by its content, which so is part of the hash of each run.
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    splits = _write_once(folder / f'{table.stem}_{digest}.csv', text)
+    splits = _write_once(folder / f'{table.stem}_{short_hash(text)}.csv', text)
     data = {
         'name': table.stem,
         'protocol': 'by_group' if group else 'by_image',
@@ -193,14 +183,12 @@ def own_data(
         'override_phase': 'val',
     }
     options = yaml.safe_dump({'data': data}, sort_keys=False)
-    digest = hashlib.sha256(options.encode()).hexdigest()[:8]
-    return _write_once(folder / f'{table.stem}_{digest}.yml', options)
+    return _write_once(folder / f'{table.stem}_{short_hash(options)}.yml', options)
 
 
 def _write_once(path: Path, text: str) -> Path:
     """Write a file that is named by its content, whole or not at all."""
     if not path.is_file():
-        partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            partial.write_text(text, encoding='utf-8')
     return path

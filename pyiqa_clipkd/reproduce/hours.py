@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from pyiqa_clipkd.options import without_weights
 from pyiqa_clipkd.reproduce.plan import Run
 from pyiqa_clipkd.reproduce.results import Row
 
@@ -54,16 +55,10 @@ def seconds_a_step(options: dict[str, Any]) -> float:
     from pyiqa_clipkd.network import build_from_config
 
     data = options['datasets']['train']
-    network = {
-        key: None if key in ('pretrained', 'encoder_weights') else value
-        for key, value in options['network'].items()
-    }
-    if network['type'] == 'CLIPLikert':
-        network['pretrained'] = None
     gpu = torch.cuda.is_available() and options['num_gpu'] != 0
     device = 'cuda' if gpu else 'cpu'
     batch = data['batch_size_per_gpu'] if gpu else IMAGES_ON_A_CPU
-    model = build_from_config(network).to(device).train()
+    model = build_from_config(without_weights(options['network'])).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
     size = options['network'].get('input_size', 224)
     images = torch.rand(batch, 3, size, size, device=device)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pyiqa_clipkd.experiment import newest_checkpoint
 from pyiqa_clipkd.reproduce.plan import Run
 
 fcntl: Any
@@ -200,12 +201,7 @@ def _lock(path: Path) -> IO[str] | None:
 
 def done(run: Run) -> int:
     """The iteration that an unfinished run can go on from; 0 if there is none."""
-    states = (run.folder / 'training_states').glob('*.state')
-    models = run.folder / 'models'
-    iterations = [state.stem for state in states if state.stem.isdigit()]
-    return max(
-        (int(i) for i in iterations if (models / f'net_{i}.pth').is_file()), default=0
-    )
+    return newest_checkpoint(run.folder / 'training_states', run.folder / 'models') or 0
 
 
 def clear_unfinished(run: Run) -> None:

@@ -7,12 +7,12 @@ configuration, so an edited recipe never mixes with the results of the old one.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pyiqa_clipkd.options import encoder_word
 from pyiqa_clipkd.reproduce.recipe import (
     STUDENT_FILE,
     TEACHER_FILE,
@@ -73,7 +73,7 @@ class Run:
     def turn(self, split: int | None, seed: int, teacher: Run | None) -> Run:
         """The same with another split (`None`: the options fix it), seed, teacher."""
         word = OFFICIAL if split is None else f'{split:02d}'
-        encoder = re.sub(r'[^\w.-]+', '-', self.student.split(':')[-1])
+        encoder = encoder_word(self.student)
         what = [self.data, self.protocol, encoder, self.variant]
         name = '_'.join([*what, f'split{word}', f'seed{seed}', self.config])
         options = copy.deepcopy(self.options) | {'name': name, 'manual_seed': seed}

@@ -96,4 +96,9 @@ def config_hash(options: dict[str, Any], teacher: str | None = None) -> str:
         rest = {k: v for k, v in options['teacher'].items() if k != 'cache'}
         kept['teacher'] = rest | {'weights': teacher}
     text = json.dumps(kept, sort_keys=True, separators=(',', ':'))
+    return short_hash(text)
+
+
+def short_hash(text: str) -> str:
+    """Eight digits of SHA-256, for names."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -8,9 +8,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pyiqa_clipkd.reproduce.plan import OURS, TEACHER, VARIANTS, ZEROSHOT
-from pyiqa_clipkd.reproduce.results import Row
+from pyiqa_clipkd.reproduce.results import METRICS, Row
 
-METRICS = ('plcc', 'srcc')
 ROWS = (ZEROSHOT, TEACHER, *VARIANTS)
 # (first, second): how much higher the first is on the same split.
 PAIRS = (

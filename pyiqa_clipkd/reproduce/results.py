@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.reproduce.plan import Run
 
 try:
@@ -18,15 +18,12 @@ try:
 except ImportError:  # not a Unix: calls don't take turns
     fcntl = None  # type: ignore[assignment]
 
+RUN = ('protocol', 'student', 'variant', 'split', 'seed')
+METRICS = ('plcc', 'srcc')
 COLUMNS = (
     'data',
-    'protocol',
-    'student',
-    'variant',
-    'split',
-    'seed',
-    'plcc',
-    'srcc',
+    *RUN,
+    *METRICS,
     'teacher_plcc',
     'teacher_srcc',
     'iterations',
@@ -35,17 +32,7 @@ COLUMNS = (
     'config',
     'name',
 )
-ORDER = (
-    'train_data',
-    'test_data',
-    'data',
-    'protocol',
-    'student',
-    'variant',
-    'split',
-    'seed',
-    'name',
-)
+ORDER = ('train_data', 'test_data', 'data', *RUN, 'name')
 Row = dict[str, str]
 
 
@@ -71,15 +58,16 @@ class RawResults:
     def write(self, rows: Iterable[Row]) -> None:
         """Write the table whole or not at all, in an order that no time decides."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f'.{self.path.name}.{os.getpid()}.part')
         in_order = sorted(rows, key=self._place)
-        with partial.open('w', newline='') as file:
+        with (
+            written_whole(self.path) as partial,
+            partial.open('w', newline='') as file,
+        ):
             writer = csv.DictWriter(
                 file, self.columns, extrasaction='ignore', lineterminator='\n'
             )
             writer.writeheader()
             writer.writerows(in_order)
-        os.replace(partial, self.path)
 
     def _place(self, row: Row) -> list[tuple[int, int, str]]:
         words = (row[key] for key in ORDER if key in row)

@@ -156,15 +156,14 @@ class Session:
         unfinished = set(todo)
         print(f'{"state":14}{"iterations":>10}{"hours left":>12}  run')
         for run in runs:
-            state = 'to resume' if done(run) else 'to do'
+            whole, before = iterations(run.options), done(run)
+            state, left = 'to resume' if before else 'to do', whole - before
             if (run.data, run.protocol) in absent:
                 state = 'data missing'
-            left = iterations(run.options) - done(run)
             if run not in unfinished:
                 state, left = 'finished', 0
             needed = hours.of(run, left)
             steps, hours_left = steps + left, hours_left + needed
-            whole = iterations(run.options)
             print(f'{state:14}{whole:10}{needed:12.2f}  {run.name}')
         print(
             f'{len(runs)} runs, {len(runs) - len(todo)} of them finished; {steps} '
