@@ -96,6 +96,9 @@ def build_timm_encoder(
     config = timm.get_pretrained_cfg(name)
     if config is not None and config.fixed_input_size:
         options['img_size'] = input_size
+        if name.startswith('swin') and input_size != config.input_size[-1]:
+            # Keep the window, and so the shape of all weights, whatever the size.
+            options |= {'always_partition': True, 'strict_img_size': False}
     if weights == 'timm':
         backbone = _downloaded(
             lambda: timm.create_model(name, pretrained=True, **options),

@@ -34,8 +34,9 @@ def register_losses() -> None:
     from pyiqa.utils.registry import LOSS_REGISTRY
 
     from pyiqa_clipkd.loss import CosineSoftHardLoss
+    from pyiqa_clipkd.ranking import DegradationRankingLoss
 
-    _register(LOSS_REGISTRY, CosineSoftHardLoss)
+    _register(LOSS_REGISTRY, CosineSoftHardLoss, DegradationRankingLoss)
 
 
 def register_models() -> None:

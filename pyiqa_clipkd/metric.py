@@ -25,7 +25,8 @@ def CLIPKDMetric(  # noqa: N802 - the host builds it by this name, like a class
     Args:
         name: name of the metric, for instance `clipkd_mobilevit`.
         pretrained_model_path: a weight file to use instead of the metric's own.
-        changes: options of the network that replace the stored ones: `input_size`.
+        changes: options of the network that replace the stored ones: `input_size`,
+            `crops`.
 
     Returns:
         The network in evaluation mode: (N, 3 or 1, H, W) in [0, 1] -> (N, 1) in [1, 5].

@@ -27,6 +27,7 @@ from pyiqa_clipkd.engine import TrainingEngine
 from pyiqa_clipkd.experiment import loop_iterations
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
+from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
 from pyiqa_clipkd.loss import DistillationTerms
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
 from pyiqa_clipkd.options import without_weights
@@ -110,7 +111,9 @@ class CLIPKDModel(GeneralIQAModel):
       the teacher's embeddings on disk, `train: projection_start: ridge` begins with
       the projection that fits them best.
 
-    In each stage `metric_loss_opt` may add a loss of the host, for instance `PLCCLoss`.
+    In each stage `metric_loss_opt` may add a loss of the host, for instance `PLCCLoss`,
+    and `ranking_loss_opt` a `DegradationRankingLoss`. `feature_hints: WEIGHT` lets the
+    student's feature maps follow the teacher's, as far as lambda is above 0.
     The teacher is frozen, in evaluation mode, in no checkpoint and in no optimizer.
     """
 
@@ -128,6 +131,7 @@ class CLIPKDModel(GeneralIQAModel):
         net = self._build_network().to(self.device)
         if self.is_train:
             self.engine.prepare(net)
+        self.hints = self._build_hints(net)
         self.net: Any = wrap(net, opt, self.device)
         self.print_network(self.net)
         if self.is_train:
@@ -172,6 +176,35 @@ class CLIPKDModel(GeneralIQAModel):
             if view_keys is None:  # from a loader that isn't ours
                 view_keys = torch.stack([view_key(one) for one in img.cpu()])
             return self.cache.embed(img, view_keys)
+
+    def _build_hints(self, student: QualityNetwork) -> nn.Module | None:
+        train = self.opt.get('train') or {}
+        weight = train.get('feature_hints')
+        if weight is None or not self.is_train:
+            return None
+        if type(weight) not in (int, float) or weight < 0:
+            raise ValueError(
+                f'`train: feature_hints` must be a number >= 0, but got {weight!r}.'
+            )
+        if self.teacher is None:
+            raise ValueError('`train: feature_hints` needs a `teacher`.')
+        others = {
+            '`teacher: cache`': self.cache is not None,
+            '`train: accumulate`': self.engine.accumulate > 1,
+            '`train: compile`': self.engine.compile,
+            'several GPUs in one process': self.opt['num_gpu'] > 1,
+        }
+        if clash := [name for name, there in others.items() if there]:
+            raise ValueError(
+                f'`train: feature_hints` and {clash[0]} exclude each other.'
+            )
+        self.student_stages = StageOutputs(student)
+        self.teacher_stages = StageOutputs(self.teacher)
+        hints = FeatureHintLoss(
+            self.student_stages.channels, self.teacher_stages.channels
+        ).to(self.device)
+        share(hints)
+        return wrap(hints, self.opt, self.device)
 
     def _of_this_split(self, weights: str) -> str:
         """`{split}` in the teacher's path -> the number that n-splits folders carry.
@@ -262,7 +295,7 @@ class CLIPKDModel(GeneralIQAModel):
     def init_training_settings(self) -> None:
         train_opt = self.opt['train']
         self.total_iterations = iterations_that_run(self.opt)
-        self.cri_metric = None
+        self.cri_metric = self.cri_ranking = None
         if self.teacher is None:
             self.cri_mos = self._build_loss('mos_loss_opt')
         else:
@@ -270,6 +303,8 @@ class CLIPKDModel(GeneralIQAModel):
             get_root_logger().info(f'Distillation: {self.cri_distillation}')
         if train_opt.get('metric_loss_opt'):
             self.cri_metric = self._build_loss('metric_loss_opt')
+        if train_opt.get('ranking_loss_opt'):
+            self.cri_ranking = self._build_loss('ranking_loss_opt')
 
         self.net.train()
         self.net_best = build_network(without_weights(self.opt['network']))
@@ -285,6 +320,11 @@ class CLIPKDModel(GeneralIQAModel):
         self._progress_bar: tqdm | None = None
         if self.opt['logger'].get('progress_bar') and self.opt.get('rank', 0) == 0:
             self._progress_bar = tqdm(total=self.total_iterations, unit='step')
+
+    def setup_optimizers(self) -> None:
+        super().setup_optimizers()
+        if self.hints is not None:
+            self.optimizer.add_param_group({'params': list(self.hints.parameters())})
 
     def _build_loss(self, key: str) -> Any:
         options = self.opt['train'].get(key)
@@ -337,9 +377,7 @@ class CLIPKDModel(GeneralIQAModel):
         torch.manual_seed(seed * world_size + rank)
         progress = self.engine.progress(current_iter)
         self._set_learning_rate(progress)
-        images = self.engine.images(self.img_input)
-        with self.engine.autocast():
-            output: QualityOutput = self.net(images, return_details=True)
+        output, copies, levels = self._forward(seed * world_size + rank)
         self.output_score = output.score
 
         terms: OrderedDict[str, Tensor] = OrderedDict()
@@ -352,6 +390,16 @@ class CLIPKDModel(GeneralIQAModel):
             total = result.total
             terms.update(l_soft=result.soft, l_hard=result.hard)
             logged['soft_weight'] = result.soft_weight
+            if self.hints is not None and result.soft_weight > 0:
+                # The teacher has just seen the batch, for its embedding.
+                n = len(self.img_input)
+                mine = {s: maps[:n] for s, maps in self.student_stages.maps.items()}
+                terms['l_hints'] = self.hints(mine, self.teacher_stages.maps)
+                weight = self.opt['train']['feature_hints'] * result.soft_weight
+                total = total + weight * terms['l_hints']
+        if self.cri_ranking is not None:
+            terms['l_ranking'] = self.cri_ranking(output.score, copies, levels)
+            total = total + terms['l_ranking']
         if self.cri_metric is not None:
             terms['l_metric'] = self.cri_metric(output.score, self.gt_mos)
             total = total + terms['l_metric']
@@ -362,6 +410,26 @@ class CLIPKDModel(GeneralIQAModel):
             self._progress_bar.update(current_iter - self._progress_bar.n)
             if current_iter == self.total_iterations:
                 self._progress_bar.close()
+
+    def _forward(self, seed: int) -> tuple[QualityOutput, Tensor, Tensor]:
+        """What the network says of the batch, and of copies for the ranking.
+
+        Returns:
+            Of the N images, scores of 3n copies (3n, 1), their levels (n, 2); without a
+            ranking n is 0.
+        """
+        images, levels = self.img_input, self.img_input.new_zeros(0, 2)
+        if self.cri_ranking is not None:
+            copies, levels = self.cri_ranking.views(images, seed)
+            images = torch.cat([images, copies])
+        with self.engine.autocast():
+            output = self.net(self.engine.images(images), return_details=True)
+        n = len(self.img_input)
+        probabilities = output.probabilities
+        if probabilities is not None:
+            probabilities = probabilities[:n]
+        own = QualityOutput(output.score[:n], output.embedding[:n], probabilities)
+        return own, output.score[n:], levels
 
     def _distill(
         self, teacher: QualityNetwork, output: QualityOutput, progress: float
@@ -482,6 +550,7 @@ class CLIPKDModel(GeneralIQAModel):
                 'optimizers': [o.state_dict() for o in self.optimizers],
                 'schedulers': [s.state_dict() for s in self.schedulers],
                 'engine': self.engine.state_dict(),
+                'hints': None if self.hints is None else self.hints.state_dict(),
                 'best_metric_results': {
                     data: {
                         m: {**best, 'val': float(best['val'])} for m, best in r.items()
@@ -507,6 +576,8 @@ class CLIPKDModel(GeneralIQAModel):
         iteration = resume_state['iter']
         self.engine.load_checkpoint(Path(folder) / f'net_{iteration}.pth')
         self.engine.load_state_dict(resume_state.get('engine', {}), iteration)
+        if self.hints is not None:
+            self.hints.load_state_dict(resume_state['hints'])
         if results := resume_state.get('best_metric_results'):
             self.best_metric_results = results
             self.key_metric = self.opt['val'].get('key_metric')

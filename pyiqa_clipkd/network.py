@@ -20,7 +20,7 @@ from pyiqa_clipkd.encoders import (
     resolve_encoder,
 )
 from pyiqa_clipkd.head import LikertHead, QualityOutput, RegressionHead, arc_anchors
-from pyiqa_clipkd.preprocessing import CLIPPreprocessing
+from pyiqa_clipkd.preprocessing import CLIPPreprocessing, check_images, native_crops
 from pyiqa_clipkd.weights import Weights, encode_config, read_weights
 
 # Equation 1.
@@ -41,6 +41,9 @@ class QualityNetwork(nn.Module):
         head: (N, D) -> `QualityOutput`.
         input_size: side in pixels of the square that the encoder sees.
         config: plain values that build the same network again, without weights.
+        crops: how many squares of the photograph at its own resolution are scored
+            beside the whole of it; the score is the mean. Each costs as much as the
+            whole.
     """
 
     def __init__(
@@ -50,8 +53,12 @@ class QualityNetwork(nn.Module):
         *,
         input_size: int,
         config: dict[str, Any],
+        crops: int = 0,
     ) -> None:
         super().__init__()
+        if type(crops) is not int or crops < 0:
+            raise ValueError(f'`crops` must be a whole number >= 0, but got {crops!r}.')
+        self.crops = crops
         self.preprocessing = CLIPPreprocessing(input_size)
         self.encoder = encoder
         self.head = head
@@ -72,10 +79,24 @@ class QualityNetwork(nn.Module):
 
         Returns:
             score (N, 1) in [1, 5], higher is better; with `return_details` a
-            `QualityOutput` of score, embedding (N, D) and probabilities (N, L).
+            `QualityOutput` of score, embedding (N, D; with `crops` that of the whole
+            photograph) and probabilities (N, L).
         """
         output = self.head(self.embed(img))
+        if self.crops:
+            output = self._with_crops(img, output)
         return output if return_details else output.score
+
+    def _with_crops(self, img: Tensor, whole: QualityOutput) -> QualityOutput:
+        """Mean score and probabilities of the whole and its crops."""
+        size = self.preprocessing.input_size
+        crops = native_crops(check_images(img), size, self.crops)
+        views = [whole, *(self.head(self.embed(crop)) for crop in crops)]
+        score = torch.stack([view.score for view in views]).mean(0)
+        probabilities = None
+        if whole.probabilities is not None:
+            probabilities = torch.stack([v.probabilities for v in views]).mean(0)
+        return QualityOutput(score, whole.embedding, probabilities)
 
     def get_extra_state(self) -> Tensor:
         return encode_config(self.config)
@@ -103,6 +124,7 @@ class CLIPLikert(QualityNetwork):
         temperature: of the softmax; `None` takes CLIP's own, 0.05 for a timm encoder.
         text_anchors: of an open_clip encoder: `False` encodes no prompts and needs no
             tokenizer. The anchors are a fixed arc then, until a checkpoint is loaded.
+        crops: squares at the photograph's own resolution, scored beside the whole.
 
     The text tower is used once, for the anchors, and dropped. Anchors from text and
     the temperature are frozen; anchors of a timm encoder are learned.
@@ -121,6 +143,7 @@ class CLIPLikert(QualityNetwork):
         quick_gelu: bool = False,
         temperature: float | None = None,
         text_anchors: bool = True,
+        crops: int = 0,
     ) -> None:
         encoder = resolve_encoder(encoder)
         levels = _checked_levels(levels)
@@ -169,6 +192,7 @@ class CLIPLikert(QualityNetwork):
                 'quick_gelu': quick_gelu,
                 'temperature': temperature,
             },
+            crops=crops,
         )
 
 
@@ -185,6 +209,7 @@ class CLIPKDStudent(QualityNetwork):
         levels: words from worst to best.
         temperature: of the softmax; training takes it from the teacher.
         input_size: side in pixels of the square that the encoder sees.
+        crops: squares at the photograph's own resolution, scored beside the whole.
 
     The anchors are frozen. They come from the teacher (`adopt_head`) or from a
     checkpoint; until then they are a fixed arc.
@@ -200,6 +225,7 @@ class CLIPKDStudent(QualityNetwork):
         levels: Sequence[str] = LEVELS,
         temperature: float = 0.01,
         input_size: int = 224,
+        crops: int = 0,
     ) -> None:
         encoder = resolve_encoder(encoder)
         if encoder.startswith(OPEN_CLIP):
@@ -231,6 +257,7 @@ class CLIPKDStudent(QualityNetwork):
                 'temperature': temperature,
                 'input_size': input_size,
             },
+            crops=crops,
         )
 
     @torch.no_grad()

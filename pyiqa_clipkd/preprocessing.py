@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # A strip of 1 x 100,000 pixels would be blown up to 224 x 22,400,000 before the crop.
 # Strips longer than this multiple of their width are therefore cut before the resize.
 LONGEST_STRIP = 16
+
+# 1/g and 1/g^2 with g^3 = g + 1: multiples of it fill a square evenly.
+CROP_STEPS = (0.7548776662466927, 0.5698402909980532)
 
 
 def check_images(img: Tensor) -> Tensor:
@@ -74,6 +79,30 @@ def resize_and_crop(img: Tensor, size: int) -> Tensor:
     if (height, width) != (size, size):
         img = _center_crop(img, size, size)
     return img
+
+
+def native_crops(img: Tensor, size: int, count: int) -> Iterator[Tensor]:
+    """Squares of the image as it is, without a resize.
+
+    Their places fill the image evenly and depend on its size alone: the first is the
+    centre, and more of them never move the ones before (a low-discrepancy sequence).
+
+    Args:
+        img: (N, C, H, W).
+        size: side of the squares; the shorter side of a smaller image.
+        count: how many. None come from an image that one square fills.
+
+    Yields:
+        (N, C, size, size).
+    """
+    height, width = img.shape[-2:]
+    side = min(size, height, width)
+    if side == height == width:
+        return
+    for number in range(count):
+        x, y = ((0.5 + number * step) % 1 for step in CROP_STEPS)
+        top, left = round(y * (height - side)), round(x * (width - side))
+        yield img[..., top : top + side, left : left + side]
 
 
 class CLIPPreprocessing(nn.Module):

@@ -21,13 +21,15 @@ from pyiqa_clipkd.preprocessing import CLIP_MEAN, CLIP_STD
 from pyiqa_clipkd.weights import (
     CONFIG_KEY,
     file_hash,
+    pack_int8,
     read_weights,
     tensors_hash,
+    unpack_int8,
     write_weights,
 )
 
 NAME = re.compile(rf'{PREFIX}[A-Za-z0-9][A-Za-z0-9._+-]*')
-PRECISIONS = ('float16', 'float32')
+PRECISIONS = ('float16', 'float32', 'int8')
 
 
 def publish(
@@ -37,6 +39,7 @@ def publish(
     folder: str | Path | None = None,
     precision: str = 'float16',
     card: Mapping[str, Any] | None = None,
+    input_size: int | None = None,
 ) -> Path:
     """Turn a checkpoint into a metric.
 
@@ -45,9 +48,11 @@ def publish(
         name: of the metric, `clipkd_...`; also the file's name.
         folder: where to put the file; by default the user's weights folder, where
             `pyiqa.create_metric(name)` and `pyiqa NAME -t FILE` find it.
-        precision: of the matrices and kernels on disk. Vectors (biases, normalization
-            statistics) stay in float32. In memory everything is float32.
+        precision: of the matrices and kernels on disk; `int8` of the large ones, with
+            one scale an output channel, and float16 of the others. Vectors (biases,
+            normalization statistics) stay in float32. In memory everything is float32.
         card: what a reader should know: data, licence, results, command.
+        input_size: in pixels; by default that of the training.
 
     Returns:
         The file. Beside it stands the same as a model card, `NAME.md`.
@@ -65,7 +70,8 @@ def publish(
         raise ValueError(
             f'`precision` must be one of {PRECISIONS}, but got {precision!r}.'
         )
-    network = load_network(checkpoint)
+    changes = {} if input_size is None else {'input_size': input_size}
+    network = load_network(checkpoint, **changes)
     tensors = _stored(network, precision)
     metadata = {
         'name': name,
@@ -79,7 +85,7 @@ def publish(
         'output': 'score in [1, 5], higher is better',
         'precision': precision,
         'parameters': sum(p.numel() for p in network.parameters()),
-        'tensors_sha256': tensors_hash(tensors),
+        'tensors_sha256': tensors_hash(unpack_int8(tensors)),
         'made_with': f'pyiqa-clipkd {__version__}',
         'card': dict(card or {}),
     }
@@ -106,16 +112,19 @@ def _stored(network: QualityNetwork, precision: str) -> dict[str, Tensor]:
     state.pop(CONFIG_KEY)
     if precision == 'float32':
         return dict(state)
-    return {
+    half = {
         name: tensor.half()
         if tensor.is_floating_point() and tensor.dim() > 1
         else tensor
         for name, tensor in state.items()
     }
+    return pack_int8(half) if precision == 'int8' else half
 
 
-def model_card(path: Path, metadata: Mapping[str, Any]) -> str:
-    """The file's metadata for people, as Markdown."""
+def model_card(
+    path: Path, metadata: Mapping[str, Any], measured: Mapping[str, Any] | None = None
+) -> str:
+    """The file's metadata for people, as Markdown, and what was measured since."""
     config = metadata['config']
     rows = {
         'Score': metadata['output'],
@@ -127,6 +136,7 @@ def model_card(path: Path, metadata: Mapping[str, Any]) -> str:
         f'{metadata["precision"]}',
         'SHA-256': f'`{file_hash(path)}`',
         **metadata['card'],
+        **(measured or {}),
     }
     lines = [f'# {metadata["name"]}', '', '| | |', '|---|---|']
     for key, value in rows.items():
@@ -144,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--name', required=True, help=f'{PREFIX}...')
     parser.add_argument('--folder', help=f'default: {weights_folder()}')
     parser.add_argument('--precision', default='float16', choices=PRECISIONS)
+    parser.add_argument('--input-size', type=int, help='default: of the training')
     parser.add_argument('--data', default='not stated', help='what it was trained on')
     parser.add_argument('--licence', default='not stated', help='terms of the weights')
     parser.add_argument('--results', default='not stated', help='for instance SRCC')
@@ -159,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder=args.folder,
             precision=args.precision,
             card=card,
+            input_size=args.input_size,
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))

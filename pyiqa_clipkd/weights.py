@@ -26,6 +26,11 @@ CONFIG_KEY = '_extra_state'
 # Start of PyTorch's files: a zip file, or a pickle.
 TORCH_MAGIC = (b'PK', b'\x80')
 
+# Eight-bit tensors: the smallest one, the largest value, the name of the scales.
+INT8_SIZE = 100_000
+INT8_MAX = 127
+INT8_SCALE = '.int8_scale'
+
 # Where training loops of this field put the tensors inside a checkpoint.
 WRAPPERS = ('params', 'params_ema', 'state_dict', 'model')
 
@@ -64,7 +69,43 @@ def _read_safetensors(path: Path) -> Weights:
     with safe_open(path, framework='pt') as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = (file.metadata() or {}).get(METADATA_KEY, '{}')
-    return Weights(tensors, dict(json.loads(text)))
+    return Weights(unpack_int8(tensors), dict(json.loads(text)))
+
+
+def pack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Large matrices and kernels in eight bits, with one scale an output channel.
+
+    The others stay as they are: they are few bytes, and the score depends on them (in
+    EfficientNet-Lite0 eight bits for all kernels move scores by 0.03 in the median, for
+    the large ones by 0.004).
+
+    Returns:
+        name -> int8 and name + `INT8_SCALE` -> float32 for tensors of two or more
+        dimensions and at least `INT8_SIZE` elements; the others unchanged.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        small = tensor.dim() < 2 or tensor.numel() < INT8_SIZE
+        if small or not tensor.is_floating_point():
+            packed[name] = tensor
+            continue
+        values = tensor.detach().float()
+        largest = values.abs().amax(dim=tuple(range(1, values.dim())), keepdim=True)
+        scale = largest.clamp(min=1e-12) / INT8_MAX
+        packed[name] = (values / scale).round().to(torch.int8)
+        packed[name + INT8_SCALE] = scale
+    return packed
+
+
+def unpack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `pack_int8`, in float32; other tensors are left alone."""
+    return {
+        name: tensor * tensors[name + INT8_SCALE]
+        if name + INT8_SCALE in tensors
+        else tensor
+        for name, tensor in tensors.items()
+        if not (name.endswith(INT8_SCALE) and name[: -len(INT8_SCALE)] in tensors)
+    }
 
 
 def _read_torch(path: Path) -> Weights:

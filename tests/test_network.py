@@ -21,6 +21,7 @@ from pyiqa_clipkd.network import (
     build_from_config,
     load_network,
 )
+from pyiqa_clipkd.preprocessing import native_crops
 from pyiqa_clipkd.weights import write_weights
 
 TINY = 'open_clip:tiny-quickgelu'
@@ -223,6 +224,53 @@ def test_the_input_size_is_stored_and_can_be_changed(
     assert loaded.preprocessing(photo).shape == (1, 3, expected, expected)
     with torch.no_grad():
         assert 1 <= loaded(photo).item() <= 5
+
+
+@pytest.mark.parametrize('crops', [1, 3])
+@torch.no_grad()
+def test_crops_are_scored_beside_the_whole(crops: int, photo: Tensor) -> None:
+    network = student(input_size=64)
+    output = details(network, photo)
+    side = network.preprocessing.input_size
+    views = [photo, *native_crops(photo, side, crops)]
+    assert [tuple(view.shape[2:]) for view in views[1:]] == [(64, 64)] * crops
+    network.crops = crops
+    mean = details(network, photo)
+    network.crops = 0
+    parts = [details(network, view) for view in views]
+    score = torch.stack([part.score for part in parts]).mean(0)
+    assert torch.allclose(mean.score, score)
+    assert mean.probabilities is not None
+    levels = (mean.probabilities * likert(network).level_scores).sum(1, keepdim=True)
+    assert torch.allclose(levels, mean.score, atol=1e-5)
+    assert torch.equal(mean.embedding, output.embedding)
+
+
+def test_crops_are_stored_in_no_checkpoint_and_can_be_chosen(tmp_path: Path) -> None:
+    network = student(input_size=64)
+    torch.save({'params': network.state_dict()}, tmp_path / 'net.pth')
+    assert load_network(tmp_path / 'net.pth').crops == 0
+    assert load_network(tmp_path / 'net.pth', crops=2).crops == 2
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match='`crops` must be a whole number >= 0'):
+            load_network(tmp_path / 'net.pth', crops=wrong)
+
+
+def test_an_image_that_one_crop_fills_has_none(photo: Tensor) -> None:
+    square = photo[..., :50, :50]
+    assert not list(native_crops(square, 64, 3))
+    assert not list(native_crops(square, 50, 3))
+    narrow = photo[..., :50, :90]
+    assert [tuple(c.shape[2:]) for c in native_crops(narrow, 64, 2)] == [(50, 50)] * 2
+
+
+def test_more_crops_keep_the_places_of_the_first() -> None:
+    img = torch.arange(100.0 * 80).view(1, 1, 100, 80)
+    few, many = list(native_crops(img, 32, 2)), list(native_crops(img, 32, 9))
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=False))
+    assert torch.equal(few[0], img[..., 34:66, 24:56])
+    covered = torch.cat([crop.flatten() for crop in many]).unique().numel()
+    assert covered / img.numel() > 0.6
 
 
 def test_files_that_do_not_say_which_network_they_are_give_a_clear_error(

@@ -73,6 +73,39 @@ def test_half_precision_halves_the_file_and_hardly_moves_the_score(
     assert torch.float16 not in kinds
 
 
+def test_eight_bits_for_large_tensors_hardly_move_the_score(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = CLIPKDStudent('resnet18', embed_dim=24, input_size=64)
+    torch.save({'params': student.state_dict()}, tmp_path / 'net.pth')
+    half, eight = (
+        publish(
+            tmp_path / 'net.pth', NAME, folder=tmp_path / precision, precision=precision
+        )
+        for precision in ('float16', 'int8')
+    )
+    assert eight.stat().st_size < 0.55 * half.stat().st_size
+    tensors = load_network(eight).state_dict()
+    scales = [name for name in tensors if 'scale' in name]
+    assert not scales, 'in memory it is the same network'
+    for name, value in load_network(half).state_dict().items():
+        if name.endswith('_extra_state'):
+            continue
+        step = value.abs().amax() / 127
+        assert (tensors[name] - value).abs().max() <= step, name
+    image = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        moved = load_network(half)(image) - load_network(eight)(image)
+    assert moved.abs().max() < 0.05
+
+
+def test_the_input_size_of_the_metric_can_differ_from_the_training_s(
+    checkpoint: Path,
+) -> None:
+    published = publish(checkpoint, NAME, input_size=64)
+    assert read_weights(published).metadata['config']['input_size'] == 64
+    assert 'shorter side to 64' in published.with_suffix('.md').read_text()
+
+
 def test_the_file_says_what_it_is(checkpoint: Path) -> None:
     published = publish(checkpoint, NAME, card={'Data': 'my photographs'})
     metadata = read_weights(published).metadata

@@ -23,6 +23,15 @@ from pyiqa_clipkd.reproduce.recipe import (
 
 ZEROSHOT, TEACHER, OURS = 'zeroshot', 'teacher', 'ours'
 VARIANTS = ('regression', 'hard', 'soft', 'fixed_0.5', 'fixed_0.9', OURS, 'ridge')
+# What may beat the paper's recipe, each beside `ridge` with the same budget.
+TRIALS = (
+    'ridge',
+    'ridge_plcc',
+    'ridge_ranking',
+    'ridge_ema',
+    'ridge_views',
+    'ridge_hints',
+)
 OFFICIAL = 'official'
 
 

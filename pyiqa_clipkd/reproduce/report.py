@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from pyiqa_clipkd.reproduce.plan import OURS, TEACHER, VARIANTS, ZEROSHOT
+from pyiqa_clipkd.reproduce.plan import OURS, TEACHER, TRIALS, VARIANTS, ZEROSHOT
 from pyiqa_clipkd.reproduce.results import METRICS, Row
 
-ROWS = (ZEROSHOT, TEACHER, *VARIANTS)
+ROWS = tuple(dict.fromkeys((ZEROSHOT, TEACHER, *VARIANTS, *TRIALS)))
 # (first, second): how much higher the first is on the same split.
 PAIRS = (
     (OURS, 'regression'),
@@ -20,6 +20,7 @@ PAIRS = (
     (OURS, 'fixed_0.9'),
     ('ridge', OURS),
     (OURS, TEACHER),
+    *((trial, 'ridge') for trial in TRIALS[1:]),
 )
 Figures = dict[tuple[str, str, str], dict[str, str]]
 

@@ -25,12 +25,12 @@ from pyiqa_clipkd.reproduce.data import (
 )
 from pyiqa_clipkd.reproduce.hours import Hours
 from pyiqa_clipkd.reproduce.jobs import Jobs, done, keep_best
-from pyiqa_clipkd.reproduce.plan import OURS, VARIANTS, Run, check_names, expand
+from pyiqa_clipkd.reproduce.plan import OURS, TRIALS, VARIANTS, Run, check_names, expand
 from pyiqa_clipkd.reproduce.recipe import STUDENT_FILE, Recipe
 from pyiqa_clipkd.reproduce.report import markdown, read_paper
 from pyiqa_clipkd.reproduce.results import RawResults, finished_row
 
-TABLES = {'table1': (OURS,), 'table2': VARIANTS}
+TABLES = {'table1': (OURS,), 'table2': VARIANTS, 'trials': TRIALS}
 
 
 class Session:

@@ -1,0 +1,129 @@
+"""Degradation ranking: a damaged copy scores lower, a harmless change nothing.
+
+No human has scored the copies. What is sure is their order: a photograph is better than
+its damaged copy, and that better than one damaged more. And a mirrored or slightly
+moved photograph is as good as it was.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
+
+# A photograph gives these copies: one moved, one damaged, one damaged more.
+COPIES = 3
+MILDEST = 0.5
+
+
+class RankingViews(NamedTuple):
+    """Copies of the first n images of a batch.
+
+    Attributes:
+        images: (3n, 3, H, W): n moved, n damaged, n damaged more.
+        levels: (n, 2), how much the damaged ones were.
+    """
+
+    images: Tensor
+    levels: Tensor
+
+
+class DegradationRankingLoss(nn.Module):
+    """Margin ranking of damaged copies, and equal scores of moved ones.
+
+    .. math:: L = w \\left( [m l_1 + s_1 - s]_+ + [m (l_2 - l_1) + s_2 - s_1]_+
+              + v |s_0 - s| \\right)
+
+    with the scores s of a photograph, s_1 and s_2 of its damaged copies at the levels
+    l_1 < l_2 (up to 6) of one of `DISTORTIONS`, and s_0 of a copy that is mirrored or
+    moved by up to `shift` pixels.
+
+    Args:
+        weight: w, of the whole.
+        margin: m, points of the score that a level costs at least.
+        stability: v.
+        share: of the batch that gets copies, in (0, 1].
+        shift: pixels.
+
+    Raises:
+        ValueError: if an argument isn't allowed.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        margin: float = 0.05,
+        stability: float = 1.0,
+        share: float = 0.25,
+        shift: int = 8,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ('weight', weight),
+            ('margin', margin),
+            ('stability', stability),
+            ('shift', shift),
+        ):
+            if value < 0:
+                raise ValueError(f'`{name}` must be >= 0, but got {value}.')
+        if not 0 < share <= 1:
+            raise ValueError(f'`share` must be in (0, 1], but got {share}.')
+        self.weight = weight
+        self.margin = margin
+        self.stability = stability
+        self.share = share
+        self.shift = shift
+
+    def views(self, img: Tensor, seed: int) -> RankingViews:
+        """Draw the copies of a batch (N, 3, H, W) with values in [0, 1].
+
+        The same seed draws the same.
+        """
+        draw = np.random.default_rng(seed)
+        chosen = img[: max(1, round(self.share * len(img)))]
+        groups: list[list[Tensor]] = [[], [], []]
+        levels = []
+        for one in chosen:
+            groups[0].append(self._moved(one, draw))
+            kind = list(DISTORTIONS)[draw.integers(len(DISTORTIONS))]
+            pair = np.sort(draw.uniform(MILDEST, LEVELS, 2))
+            levels.append(pair)
+            photograph, noise = _to_image(one), int(draw.integers(2**32))
+            for group, level in zip(groups[1:], pair, strict=True):
+                damaged = degrade(photograph, kind, level, noise)
+                group.append(_to_tensor(damaged).to(one))
+        images = torch.stack([one for group in groups for one in group])
+        return RankingViews(images, torch.tensor(np.array(levels)).to(img))
+
+    def _moved(self, img: Tensor, draw: np.random.Generator) -> Tensor:
+        """Mirrored half of the times, and moved; the border is repeated."""
+        if draw.random() < 0.5:
+            img = img.flip(-1)
+        left, top = draw.integers(0, 2 * self.shift + 1, 2)
+        padded = F.pad(img[None], [self.shift] * 4, mode='replicate')[0]
+        height, width = img.shape[-2:]
+        return padded[:, top : top + height, left : left + width]
+
+    def forward(self, score: Tensor, copies: Tensor, levels: Tensor) -> Tensor:
+        """The loss of scores (N, 1) and those of the copies (3n, 1): a scalar >= 0."""
+        moved, mild, severe = copies.flatten().chunk(COPIES)
+        score = score.flatten()[: len(moved)]
+        first, second = levels.unbind(1)
+        ranking = F.relu(self.margin * first + mild - score)
+        ranking = ranking + F.relu(self.margin * (second - first) + severe - mild)
+        return self.weight * (ranking + self.stability * (moved - score).abs()).mean()
+
+
+def _to_image(img: Tensor) -> Image.Image:
+    pixels = (img.detach().cpu() * 255).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

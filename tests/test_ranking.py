@@ -1,0 +1,130 @@
+"""Degradation ranking: what it draws, and which scores it is content with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from training_data import student_options, write_images, write_options, write_teacher
+
+from pyiqa_clipkd import pipeline
+from pyiqa_clipkd.model import CLIPKDModel
+from pyiqa_clipkd.ranking import DegradationRankingLoss
+from pyiqa_clipkd.weights import read_weights
+
+
+@pytest.fixture
+def batch(photo: Tensor) -> Tensor:
+    crop = photo[..., :96, :128]
+    return torch.cat([crop, crop.flip(-2), crop * 0.8, crop**2])
+
+
+def test_copies_are_moved_damaged_and_damaged_more(batch: Tensor) -> None:
+    views = DegradationRankingLoss(share=0.5).views(batch, seed=1)
+    assert views.images.shape == (6, 3, 96, 128)
+    assert views.levels.shape == (2, 2)
+    assert (views.levels[:, 0] < views.levels[:, 1]).all()
+    assert views.images.min() >= 0
+    assert views.images.max() <= 1
+    _, mild, severe = views.images.chunk(3)
+    for part in (mild, severe):
+        assert ((part - batch[:2]).abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+def test_a_moved_copy_has_the_pixels_of_its_photograph(batch: Tensor) -> None:
+    loss = DegradationRankingLoss(share=1, shift=3)
+    moved = loss.views(batch, seed=0).images[: len(batch)]
+    for copy, one in zip(moved, batch, strict=True):
+        inside = copy[:, 3:-3, 3:-3]
+        windows = (
+            source[:, y : y + 90, x : x + 122]
+            for source in (one, one.flip(-1))
+            for y in range(7)
+            for x in range(7)
+        )
+        assert any(torch.equal(inside, window) for window in windows)
+
+
+def test_the_same_seed_draws_the_same_and_another_another(batch: Tensor) -> None:
+    loss = DegradationRankingLoss()
+    first, again, other = (loss.views(batch, seed) for seed in (5, 5, 6))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_the_right_order_with_its_margin_costs_nothing() -> None:
+    loss = DegradationRankingLoss(margin=0.1)
+    levels = torch.tensor([[1.0, 3.0], [2.0, 2.5]])
+    score = torch.tensor([[4.0], [3.0], [2.0]])
+    copies = torch.tensor([[4.0], [3.0], [3.9], [2.8], [3.7], [2.75]])
+    assert loss(score, copies, levels).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_each_wrong_step_costs_what_it_lacks() -> None:
+    loss = DegradationRankingLoss(weight=2, margin=0.1, stability=0.5)
+    levels = torch.tensor([[1.0, 3.0]])
+    score, moved, mild, severe = 3.0, 3.2, 3.1, 3.0
+    got = loss(
+        torch.tensor([[score]]), torch.tensor([[moved], [mild], [severe]]), levels
+    )
+    wanted = (0.1 + mild - score) + (0.2 + severe - mild) + 0.5 * abs(moved - score)
+    assert got.item() == pytest.approx(2 * wanted, abs=1e-6)
+
+
+def test_gradients_lift_the_photograph_and_lower_its_copies() -> None:
+    score = torch.full((1, 1), 3.0, requires_grad=True)
+    copies = torch.full((3, 1), 3.0, requires_grad=True)
+    loss = DegradationRankingLoss(stability=0)
+    loss(score, copies, torch.tensor([[1.0, 2.0]])).backward()
+    assert score.grad is not None
+    assert copies.grad is not None
+    assert score.grad.item() < 0
+    assert copies.grad[2].item() > 0
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'share': 0}, r'`share` must be in \(0, 1\], but got 0'),
+        ({'share': 1.5}, r'`share` must be in \(0, 1\], but got 1.5'),
+        ({'margin': -1}, '`margin` must be >= 0, but got -1'),
+        ({'stability': -0.1}, '`stability` must be >= 0'),
+        ({'weight': -2}, '`weight` must be >= 0'),
+        ({'shift': -2}, '`shift` must be >= 0'),
+    ],
+)
+def test_mistakes_are_named(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DegradationRankingLoss(**options)  # type: ignore[arg-type]
+
+
+# --- in the host's loop ---------------------------------------------------------------
+
+
+def test_a_training_with_ranking_repeats_itself_and_logs_the_term(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'data')
+    write_teacher(tmp_path / 'data')
+    seen: list[dict[str, float]] = []
+    original = CLIPKDModel.optimize_parameters
+
+    def optimize_parameters(self: CLIPKDModel, current_iter: int) -> None:
+        original(self, current_iter)
+        seen.append(dict(self.log_dict))
+
+    monkeypatch.setattr(CLIPKDModel, 'optimize_parameters', optimize_parameters)
+    ranking = {'type': 'DegradationRankingLoss', 'share': 0.5}
+    tensors = []
+    for name in ('one', 'two'):
+        options = student_options(tmp_path / 'data', ranking_loss_opt=ranking)
+        file = write_options(Path('options.yml'), options | {'name': name})
+        pipeline.train(['-opt', str(file)])
+        tensors.append(read_weights(f'experiments/{name}/models/net_latest.pth')[0])
+    first = seen[0]
+    total = first['soft_weight'] * first['l_soft'] + first['l_ranking']
+    assert first['l_total'] == pytest.approx(total, abs=1e-4)
+    assert all(torch.equal(tensors[1][key], value) for key, value in tensors[0].items())
