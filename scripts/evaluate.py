@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument('--csv', type=Path, required=True)
     parser.add_argument('--columns', nargs='+', default=[], help='columns of splits')
     parser.add_argument('--side', default='test', help='word in those columns')
+    parser.add_argument('--sample', type=int, help='so many at random, always the same')
     parser.add_argument('--mos-range', type=float, nargs=2, default=(0, 1))
     parser.add_argument('--plot', type=Path, help='PNG file: reliability')
     parser.add_argument('-o', '--output', type=Path, help='JSON file')
@@ -150,6 +151,8 @@ def main() -> None:
         table = table[anywhere]
     if not len(table):
         parser.error(f'`--side`: {args.csv} has no {args.side!r} in these columns.')
+    if args.sample and args.sample < len(table):
+        table = table.sample(args.sample, random_state=0)
     low, high = args.mos_range
     mos = (table.iloc[:, 1].to_numpy(float) - low) / (high - low)
     mos = LOWEST + (HIGHEST - LOWEST) * mos

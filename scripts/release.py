@@ -3,10 +3,10 @@
     python scripts/release.py --images datasets/biq2021/Images \
         --csv datasets/biq2021/meta_info_BIQ2021_subset.csv
 
-It resizes the photographs once, trains what configs/release/plan.yml lists, publishes
+It resizes the photographs once, trains what plan.yml in `--configs` lists, publishes
 the metrics, measures each of them, and writes the model cards from these measurements.
-What is finished is left alone, so the same command goes on where a stopped one was:
-a training at its last checkpoint, a measurement where the weights have changed.
+What is finished is left alone, so the same command goes on where a stopped one was: a
+training at its last checkpoint, a measurement where the weights have changed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,10 @@ from pyiqa_clipkd.publish import model_card, publish
 from pyiqa_clipkd.weights import BUNDLED_FOLDER, file_hash, read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / 'configs' / 'release'
-RESULTS = ROOT / 'configs' / 'results' / 'release'
 COMMON = 'common_split'
 WORDS = {True: 'train', False: 'test'}
-SECONDS_A_MEASUREMENT = 3.0
+# How long each metric is timed, in turn with the others.
+SECONDS_OF_TIMING = 3.0
 
 
 def split_columns(splits: list[int]) -> list[str]:
@@ -57,162 +58,212 @@ def add_columns(table: pd.DataFrame, splits: list[int]) -> pd.DataFrame:
     return table
 
 
-def prepare(csv: Path, images: Path, plan: dict[str, Any]) -> None:
-    """The resized photographs and their table, where the option files expect them."""
-    data = load_options(CONFIGS / plan['trainings'][0])['datasets']['train']
-    target = Path(data['meta_info_file'])
-    if target.is_file():
-        return
-    wide = target.parent.parent / target.name
-    wide.parent.mkdir(parents=True, exist_ok=True)
-    add_columns(pd.read_csv(csv), plan['splits']).to_csv(wide, index=False)
-    run('resize_images.py', wide, '--images', images, '--size', plan['size'],
-        '--format', 'bmp', '-o', target.parent)  # fmt: skip
-    wide.unlink()
-
-
 def run(script: str, *arguments: Any) -> None:
     """Run another script of this folder; its failure ends this one."""
     command = [sys.executable, str(ROOT / 'scripts' / script), *map(str, arguments)]
     print('==', *command[1:], flush=True)
-    subprocess.run(command, check=True, env=environment())
-
-
-def environment() -> dict[str, str]:
     paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
-    return os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, paths))}
+    path = os.pathsep.join(filter(None, paths))
+    subprocess.run(command, check=True, env=os.environ | {'PYTHONPATH': path})
 
 
-def experiment(file: str) -> Path:
-    return Path('experiments', load_options(CONFIGS / file)['name'])
+class Release:
+    """The steps, in order; each does what is still to do.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        plan = args.configs / 'plan.yml'
+        self.plan: dict[str, Any] = yaml.safe_load(plan.read_text(encoding='utf-8'))
+        self.metrics: dict[str, dict[str, Any]] = self.plan['metrics']
+
+    @cached_property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Option file -> what it expands to."""
+        files = self.plan['trainings']
+        return {file: load_options(self.args.configs / file) for file in files}
+
+    def experiment(self, file: str) -> Path:
+        return Path('experiments', self.options[file]['name'])
+
+    def checkpoint(self, file: str) -> Path:
+        return self.experiment(file) / 'models' / 'net_best.pth'
+
+    # --- steps ------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """The resized photographs and their table, where the option files look."""
+        data = next(iter(self.options.values()))['datasets']['train']
+        target = Path(data['meta_info_file'])
+        if target.is_file():
+            return
+        wide = target.parent.parent / target.name
+        wide.parent.mkdir(parents=True, exist_ok=True)
+        table = add_columns(pd.read_csv(self.args.csv), self.plan['splits'])
+        table.to_csv(wide, index=False)
+        where = ['--images', self.args.images, '-o', target.parent]
+        run(
+            'resize_images.py',
+            *(wide, '--size', self.plan['size'], '--format', 'bmp', *where),
+        )
+        wide.unlink()
+
+    def train(self) -> None:
+        """Each training in turn, from its last checkpoint."""
+        for file in self.options:
+            if not (self.experiment(file) / 'run.json').is_file():
+                run('train.py', '-opt', self.args.configs / file, '--auto_resume')
+
+    def publish(self, name: str) -> Path:
+        """The weight file of a metric, with what is known before any measurement."""
+        settings = self.metrics[name]
+        made_by = ', '.join(self.before(settings['training']))
+        card = {**self.plan['card'], **settings.get('card', {})}
+        return publish(
+            self.checkpoint(settings['training']),
+            name,
+            folder=self.args.output,
+            precision=settings['precision'],
+            card=card | {'Made by': f'scripts/release.py: {made_by}; seed 123'},
+            input_size=settings.get('input_size'),
+        )
+
+    def measure(self, name: str, weights: Path, *further: Any) -> dict[str, Any]:
+        """What evaluate.py and robustness.py say of a weight file."""
+        args, plan = self.args, self.plan
+        splits = self.metrics.get(name, {}).get('splits', plan['splits'])
+        photographs = ['--images', args.photographs] if args.photographs else []
+        files = ['--images', args.images, '--csv', args.csv]
+        plot = ['--plot', args.results / f'{name}.reliability.png']
+        columns = ['--columns', *split_columns(splits)]
+        commands = {
+            'scores': ['evaluate.py', name, *files, *columns, *plot],
+            'robustness': ['robustness.py', name, *photographs],
+        }
+        found: dict[str, Any] = {}
+        for what, command in commands.items():
+            path = args.results / f'{name}.{what}.json'
+            known = json.loads(path.read_text()) if path.is_file() else {}
+            if known.get('weights_sha256') != file_hash(weights):
+                run(*command, '--weights', weights, *further, '-o', path)
+            found[what] = json.loads(path.read_text())
+        return found
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """The table of all metrics, and from its rows their cards."""
+        pd.DataFrame(rows).to_csv(self.args.results / 'release.csv', index=False)
+        for row in rows:
+            path = self.args.output / f'{row["metric"]}.safetensors'
+            card = model_card(path, read_weights(path).metadata, measured(row))
+            with written_whole(path.with_suffix('.md')) as partial:
+                partial.write_text(card, encoding='utf-8')
+
+    # --- what a metric came from ------------------------------------------------------
+
+    def before(self, file: str) -> list[str]:
+        """Option files that a training needs, its own last."""
+        options = self.options[file]
+        needed = [
+            options['path'].get('pretrain_network'),
+            (options.get('teacher') or {}).get('weights'),
+        ]
+        files: list[str] = []
+        for other in self.options:
+            if any(path and Path(path) == self.checkpoint(other) for path in needed):
+                files += [f for f in self.before(other) if f not in files]
+        return [*files, file]
+
+    def seconds(self, file: str) -> int:
+        """Of a training and of all that it needs."""
+        records = [self.experiment(f) / 'run.json' for f in self.before(file)]
+        return sum(json.loads(record.read_text())['seconds'] for record in records)
 
 
-def train(plan: dict[str, Any]) -> None:
-    """Each training of the plan in turn, from its last checkpoint."""
-    for file in plan['trainings']:
-        if not (experiment(file) / 'run.json').is_file():
-            run('train.py', '-opt', CONFIGS / file, '--auto_resume')
-
-
-def seconds_of(file: str) -> int:
-    """What a training cost, with those that it starts from and its teacher."""
-    options = load_options(CONFIGS / file)
-    before = [options['path'].get('pretrain_network')]
-    before.append((options.get('teacher') or {}).get('weights'))
-    seconds = json.loads((experiment(file) / 'run.json').read_text())['seconds']
-    for path in filter(None, before):
-        [earlier] = [f for f in all_trainings() if experiment(f) in Path(path).parents]
-        seconds += seconds_of(earlier)
-    return seconds
-
-
-def all_trainings() -> list[str]:
-    return read_plan()['trainings']
-
-
-def read_plan() -> dict[str, Any]:
-    plan: dict[str, Any] = yaml.safe_load((CONFIGS / 'plan.yml').read_text())
-    return plan
-
-
-def measure(name: str, weights: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What the two scripts and a clock say of a weight file."""
-    found: dict[str, Any] = {}
-    columns = split_columns(args.plan['splits'])
-    photographs = ['--images', args.photographs] if args.photographs else []
-    commands = {
-        'scores': ['evaluate.py', name, '--weights', weights, '--images',
-                   args.images, '--csv', args.csv, '--columns', *columns,
-                   '--plot', RESULTS / f'{name}.reliability.png'],
-        'robustness': ['robustness.py', name, '--weights', weights, *photographs],
-    }  # fmt: skip
-    for what, command in commands.items():
-        path = RESULTS / f'{name}.{what}.json'
-        if not path.is_file() or (
-            json.loads(path.read_text())['weights_sha256'] != file_hash(weights)
-        ):
-            run(*command, '-o', path)
-        found[what] = json.loads(path.read_text())
-    return found
-
-
-def milliseconds(names: dict[str, Path]) -> dict[str, float]:
+def milliseconds(files: dict[str, Path]) -> dict[str, float]:
     """Time of one photograph of 512 px on one thread: the best of many, in turn."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    metrics = {n: CLIPKDMetric(n, pretrained_model_path=p) for n, p in names.items()}
+    metrics = {n: CLIPKDMetric(n, pretrained_model_path=p) for n, p in files.items()}
     image = torch.rand(1, 3, 512, 512)
     best = dict.fromkeys(metrics, float('inf'))
-    end = time.time() + SECONDS_A_MEASUREMENT * len(metrics)
+    end = time.time() + SECONDS_OF_TIMING * len(metrics)
     with torch.inference_mode():
         while time.time() < end:
             for name, metric in metrics.items():
                 start = time.perf_counter()
                 metric(image)
                 best[name] = min(best[name], time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return {name: 1000 * seconds for name, seconds in best.items()}
 
 
-def table_row(name: str, path: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """One row of the release's table: what the cards and README say of a metric."""
-    found, metadata = entry['found'], read_weights(path).metadata
+def table_row(name: str, path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What the cards and README say of a metric."""
+    metadata = read_weights(path).metadata
     columns = found['scores']['columns'].values()
-    moves = found['robustness']['moves']
-    return {
+    row: dict[str, Any] = {
         'metric': name,
-        'encoder': metadata['config']['encoder'],
+        'encoder': metadata['config']['encoder'].split(':')[-1],
         'input_size': metadata['config']['input_size'],
         'megabytes': round(path.stat().st_size / 1e6, 2),
         'precision': metadata['precision'],
-        'milliseconds': round(entry['milliseconds'], 1),
-        **{
-            f'{key}_{word}': round(function(row[key] for row in columns), 4)
-            for key in ('srcc', 'plcc')
-            for word, function in (
-                ('median', lambda v: pd.Series(list(v)).median()),
-                ('lowest', min),
-                ('highest', max),
-            )
-        },
-        'mean_absolute_error': round(found['scores']['all']['mean_absolute_error'], 3),
-        'right_order': round(found['robustness']['right_order_all'], 4),
-        **{
-            f'order_{kind}': round(share, 4)
-            for kind, share in found['robustness']['right_order'].items()
-        },
-        **{
-            f'move_{kind}_{word}': round(values[word], 4)
-            for kind, values in moves.items()
-            for word in ('median', 'p95')
-        },
-        'training_minutes': round(entry['seconds'] / 60),
-        'sha256': file_hash(path),
+        'splits': len(columns),
+        'held_out': found['scores']['all']['images'],
     }
+    for key in ('srcc', 'plcc'):
+        values = [column[key] for column in columns]
+        row[f'{key}_median'] = round(statistics.median(values), 4)
+        row[f'{key}_lowest'] = round(min(values), 4)
+        row[f'{key}_highest'] = round(max(values), 4)
+    row['mean_absolute_error'] = round(found['scores']['all']['mean_absolute_error'], 3)
+    row['right_order'] = round(found['robustness']['right_order_all'], 4)
+    for kind, share in found['robustness']['right_order'].items():
+        row[f'order: {kind}'] = round(share, 4)
+    for kind, values in found['robustness']['moves'].items():
+        for word, value in values.items():
+            row[f'move: {kind}, {word}'] = round(value, 4)
+    return row | {'sha256': file_hash(path)}
 
 
-def measured_rows(row: dict[str, Any], results: Path) -> dict[str, str]:
+def measured(row: dict[str, Any]) -> dict[str, str]:
     """The rows of a model card that come from measurements."""
-    orders = {k.removeprefix('order_'): v for k, v in row.items() if 'order_' in k}
-    orders.pop('right_order', None)
-    kinds = [k[5:-7] for k in row if k.startswith('move_') and k.endswith('_median')]
-    moves = [
-        f'{kind.replace("_", " ")} {row[f"move_{kind}_median"]:.3f} '
-        f'({row[f"move_{kind}_p95"]:.3f})'
-        for kind in kinds
-    ]
-    falls = ', '.join(f'{k.replace("_", " ")} {v:.1%}' for k, v in orders.items())
+
+    def some(prefix: str) -> dict[str, float]:
+        part = {
+            k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)
+        }
+        return {key.replace('_', ' '): value for key, value in part.items()}
+
+    falls = ', '.join(f'{kind} {share:.0%}' for kind, share in some('order: ').items())
+    moves = some('move: ')
+    stays = ', '.join(
+        f'{key.removesuffix(", median")} {value:.3f} '
+        f'({moves[key.replace("median", "p95")]:.3f})'
+        for key, value in moves.items()
+        if key.endswith('median')
+    )
+    several = row['splits'] > 1
+    srcc, plcc = (
+        f'{row[f"{key}_median"]:.3f}'
+        + f' [{row[f"{key}_lowest"]:.3f} to {row[f"{key}_highest"]:.3f}]' * several
+        for key in ('srcc', 'plcc')
+    )
+    where = f'held-out sides of {row["splits"]} splits' if several else 'held-out side'
     return {
-        'Results': f'SRCC {row["srcc_median"]:.3f} [{row["srcc_lowest"]:.3f} to '
-        f'{row["srcc_highest"]:.3f}], PLCC {row["plcc_median"]:.3f}, median [range] of '
-        'the held-out sides of three splits; mean absolute error '
-        f'{row["mean_absolute_error"]:.2f} points',
-        'Falls with damage': f'{row["right_order"]:.1%} of neighbouring levels of '
-        f'damage in the right order: {falls}',
-        'Stays where nothing changed': 'score moves, median (95th percentile): '
-        + ', '.join(moves),
-        'Speed': f'{row["milliseconds"]:.0f} ms a photograph of 512 px, one CPU thread',
-        'Cost': f'{row["training_minutes"]} minutes on a share of two CPU cores, its '
-        'teacher and starts included',
-        'Raw figures': f'configs/results/release/{results.name}',
+        'Results': f'SRCC {srcc}, PLCC {plcc}'
+        + ', median [range]' * several
+        + f' on the {row["held_out"]} photographs of the {where}; one seed. Mean '
+        f'absolute error {row["mean_absolute_error"]:.2f} points',
+        'Falls with damage': f'{row["right_order"]:.1%} of neighbouring levels in the '
+        f'right order: {falls}',
+        'Stays where nothing changed': 'moves of the score, median (95th percentile): '
+        f'{stays}',
+        'Speed': f'{row["milliseconds"]:.0f} ms for 512 x 512 pixels, one CPU thread',
+        'Cost': f'{row["training_minutes"]} minutes of training on a share of two CPU '
+        'cores, with the teacher and all starts',
     }
 
 
@@ -220,52 +271,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--images', type=Path, required=True, help='folder')
-    parser.add_argument(
-        '--csv', type=Path, required=True, help='with columns of splits'
-    )
-    parser.add_argument('--photographs', type=Path, help='good ones, for robustness.py')
-    parser.add_argument('--only', nargs='+', help='publish and measure these metrics')
-    parser.add_argument('-o', '--output', type=Path, default=BUNDLED_FOLDER)
+    add = parser.add_argument
+    add('--images', type=Path, required=True, help='folder')
+    add('--csv', type=Path, required=True, help='with the columns of the splits')
+    add('--photographs', type=Path, help='good ones, for robustness.py')
+    add('--configs', type=Path, default=ROOT / 'configs/release', help='has plan.yml')
+    add('--results', type=Path, default=ROOT / 'configs/results/release')
+    add('--only', nargs='+', help='publish these metrics; measure all')
+    add('-o', '--output', type=Path, default=BUNDLED_FOLDER, help='of the weights')
     args = parser.parse_args()
-    args.plan = plan = read_plan()
-    if unknown := set(args.only or ()) - set(plan['metrics']):
+    release = Release(args)
+    if unknown := set(args.only or ()) - set(release.metrics):
         parser.error(f'`--only`: the plan has no {", ".join(sorted(unknown))}.')
-    prepare(args.csv, args.images, plan)
-    train(plan)
-    entries: dict[str, dict[str, Any]] = {}
-    for name, settings in plan['metrics'].items():
-        checkpoint = experiment(settings['training']) / 'models' / 'net_best.pth'
-        path = args.output / f'{name}.safetensors'
-        if not args.only or name in args.only:
-            card = plan['card'] | settings['card']
-            made_by = ', '.join(f'configs/release/{f}' for f in settings['made_by'])
-            card['Made by'] = f'scripts/release.py with {made_by}, seed 123'
-            path = publish(
-                checkpoint,
-                name,
-                folder=args.output,
-                precision=settings['precision'],
-                card=card,
-                input_size=settings.get('input_size'),
-            )
-        entries[name] = {
-            'path': path,
-            'found': measure(name, path, args),
-            'seconds': seconds_of(settings['training']),
-        }
-    times = milliseconds({name: entry['path'] for name, entry in entries.items()})
+    release.prepare()
+    release.train()
+    teacher = release.plan['teacher']
+    release.measure(
+        'clipkd_teacher',
+        release.checkpoint(teacher['training']),
+        *('--input-size', teacher['input_size']),
+    )
+    files = {name: args.output / f'{name}.safetensors' for name in release.metrics}
     rows = []
-    for name, entry in entries.items():
-        path = entry['path']
-        rows.append(table_row(name, path, entry | {'milliseconds': times[name]}))
-        text = model_card(
-            path, read_weights(path).metadata, measured_rows(rows[-1], RESULTS / name)
-        )
-        with written_whole(path.with_suffix('.md')) as partial:
-            partial.write_text(text, encoding='utf-8')
-    pd.DataFrame(rows).to_csv(RESULTS / 'release.csv', index=False)
-    print(pd.DataFrame(rows).iloc[:, :14].to_string())
+    for name, path in files.items():
+        if not args.only or name in args.only:
+            release.publish(name)
+        row = table_row(name, path, release.measure(name, path))
+        seconds = release.seconds(release.metrics[name]['training'])
+        rows.append(row | {'training_minutes': round(seconds / 60)})
+    times = milliseconds(files)
+    rows = [row | {'milliseconds': round(times[row['metric']], 1)} for row in rows]
+    release.write(rows)
+    shown = ['metric', 'megabytes', 'srcc_median', 'right_order', 'milliseconds']
+    print(pd.DataFrame(rows)[shown].to_string(index=False))
 
 
 if __name__ == '__main__':

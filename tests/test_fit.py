@@ -278,9 +278,9 @@ def test_a_wrong_argument_is_one_sentence(
 def test_a_student_without_weights_names_those_that_have_some(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = error(capsys, lambda: fit(student='mobilevit'))
-    assert 'no weights of clipkd_mobilevit' in message
-    assert 'Students that have some: efficientnet_lite.' in message
+    message = error(capsys, lambda: fit(student='timm:resnet34'))
+    assert 'no weights of clipkd_resnet34' in message
+    assert 'Students that have some: swin, resnet18, mobilevit' in message
     assert '--teacher' in message
     assert '--start imagenet' in message
 

@@ -196,7 +196,8 @@ class Session:
         if self.args.what == 'cross':
             text = cross_markdown(rows)
         else:
-            title = f'Table {self.args.what[-1]}'
+            what = self.args.what
+            title = 'Trials' if what == 'trials' else f'Table {what[-1]}'
             paper = read_paper(self.configs / 'results' / 'paper.csv')
             text = markdown(title, rows, paper, self.current)
         self.output.mkdir(parents=True, exist_ok=True)

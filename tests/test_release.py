@@ -1,0 +1,124 @@
+"""From photographs and a table to a bundled metric, by one command and in processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+import pytest
+import yaml
+from training_data import (
+    ENCODER,
+    SIZE,
+    finished,
+    start,
+    student_options,
+    write_images,
+    write_options,
+)
+
+from pyiqa_clipkd.network import load_network
+from pyiqa_clipkd.weights import file_hash
+
+SCRIPT = Path(__file__).parents[1] / 'scripts' / 'release.py'
+NAME = 'clipkd_tiny'
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location('release', SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_common_split_keeps_what_any_split_holds_out() -> None:
+    words = ['train', 'test']
+    rows = [(a, b, s) for a in words for b in words for s in ('x', 'y')]
+    one, two = script().split_columns([1, 2])
+    table = pd.DataFrame(rows, columns=[one, two, 'subset'])
+    wide = script().add_columns(table, [1, 2])
+    assert list(wide.common_split) == ['train'] * 2 + ['test'] * 6
+    for name in ('x', 'y'):
+        held_out = wide[f'without_{name}_split'] == 'test'
+        assert (held_out == (table.subset == name)).all()
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> list[str]:
+    """The command, with a plan of two tiny trainings."""
+    csv = write_images(tmp_path / 'data')
+    folder = tmp_path / 'configs'
+    folder.mkdir()
+    options = student_options(Path('datasets/tiny'))
+    for data in options['datasets'].values():
+        data['split_index'] = 'common_split'
+    teacher = {
+        **options,
+        'name': 'tiny_teacher',
+        'network': {'type': 'CLIPLikert', 'encoder': ENCODER, 'input_size': SIZE},
+        'teacher': None,
+        'train': {**options['train'], 'mos_loss_opt': {'type': 'MSELoss'}},
+    }
+    weights = 'experiments/tiny_teacher/models/net_best.pth'
+    student = {**options, 'name': 'tiny_student', 'teacher': {'weights': weights}}
+    write_options(folder / 'teacher.yml', teacher)
+    write_options(folder / 'student.yml', student)
+    plan = {
+        'splits': [1, 2],
+        'size': SIZE,
+        'teacher': {'training': 'teacher.yml', 'input_size': SIZE},
+        'trainings': ['teacher.yml', 'student.yml'],
+        'card': {'Data': 'noise', 'Licence': 'none'},
+        'metrics': {NAME: {'training': 'student.yml', 'precision': 'float16'}},
+    }
+    (folder / 'plan.yml').write_text(yaml.safe_dump(plan))
+    where = {
+        '--images': csv.parent / 'images',
+        '--csv': csv,
+        '--configs': folder,
+        '--results': tmp_path / 'results',
+        '-o': tmp_path / 'bundled',
+    }
+    return [str(SCRIPT), *(str(w) for pair in where.items() for w in pair)]
+
+
+@pytest.mark.slow
+def test_one_command_makes_a_metric_with_its_card_and_does_nothing_twice(
+    tmp_path: Path, release: list[str]
+) -> None:
+    finished(start(tmp_path, *release))
+    weights = tmp_path / 'bundled' / f'{NAME}.safetensors'
+    assert load_network(weights).config['encoder'] == ENCODER
+    card = weights.with_suffix('.md').read_text()
+    assert file_hash(weights) in card
+    for row in (
+        'noise',
+        'Results',
+        'Falls with damage',
+        'Stays where',
+        'Speed',
+        'Cost',
+    ):
+        assert row in card
+    assert 'teacher.yml, student.yml; seed 123' in card
+    scores = json.loads((tmp_path / f'results/{NAME}.scores.json').read_text())
+    assert scores['weights_sha256'] == file_hash(weights)
+    assert scores['all']['images'] == 6
+    assert (tmp_path / f'results/{NAME}.reliability.png').is_file()
+    robustness = json.loads((tmp_path / f'results/{NAME}.robustness.json').read_text())
+    assert set(robustness['scores']) == {'astronaut', 'chelsea', 'coffee', 'rocket'}
+    assert robustness['moves']['png'] == {'median': 0, 'p95': 0}
+    row = pd.read_csv(tmp_path / 'results/release.csv').iloc[0]
+    assert row['sha256'] == file_hash(weights)
+    assert row['srcc_median'] == pytest.approx(scores['all']['srcc'], abs=1e-4)
+
+    (tmp_path / f'results/{NAME}.scores.json').unlink()
+    again = finished(start(tmp_path, *release))
+    commands = [line for line in again.splitlines() if line.startswith('== ')]
+    assert len(commands) == 1, again
+    assert f'evaluate.py {NAME} ' in commands[0]
