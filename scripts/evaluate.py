@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -30,6 +31,8 @@ from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.head import HIGHEST, LOWEST
 from pyiqa_clipkd.network import LEVELS
 from pyiqa_clipkd.weights import file_hash, find_weights
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def agreement(scores: np.ndarray, mos: np.ndarray) -> dict[str, float]:
@@ -83,6 +86,7 @@ def plot_reliability(scores: np.ndarray, mos: np.ndarray, path: Path) -> None:
     axes.set_ylabel('human score, mean and standard deviation')
     axes.set_aspect('equal')
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         figure.savefig(partial, format='png', dpi=120)
 
@@ -110,7 +114,7 @@ def record(args: argparse.Namespace, start: float) -> dict[str, Any]:
     """What a reader needs to repeat a measurement."""
     weights = find_weights(args.metric, args.weights)
     return {
-        'command': ' '.join(['python', *sys.argv]),
+        'command': ' '.join(['python', *sys.argv]).replace(f'{ROOT}{os.sep}', ''),
         'metric': args.metric,
         'weights_sha256': file_hash(weights) if weights else None,
         'python': platform.python_version(),
@@ -178,9 +182,9 @@ def main() -> None:
             for key in ('srcc', 'plcc', 'mean_absolute_error')
         }
     results['reliability'] = reliability(scores, mos)
+    write(results, args.output)
     if args.plot:
         plot_reliability(scores, mos, args.plot)
-    write(results, args.output)
 
 
 if __name__ == '__main__':

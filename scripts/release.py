@@ -28,9 +28,16 @@ import yaml
 
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.metric import CLIPKDMetric
+from pyiqa_clipkd.names import WEIGHTS_VARIABLE
 from pyiqa_clipkd.options import load_options
 from pyiqa_clipkd.publish import model_card, publish
-from pyiqa_clipkd.weights import BUNDLED_FOLDER, file_hash, read_weights
+from pyiqa_clipkd.weights import (
+    BUNDLED_FOLDER,
+    CONFIG_KEY,
+    encode_config,
+    file_hash,
+    read_weights,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = 'common_split'
@@ -67,6 +74,24 @@ def run(script: str, *arguments: Any) -> None:
     subprocess.run(command, check=True, env=os.environ | {'PYTHONPATH': path})
 
 
+def average(files: dict[Path, float]) -> dict[str, torch.Tensor]:
+    """Weighted mean of the weights of checkpoints of one network.
+
+    Of two that have a training in common it keeps most of what either of them gained
+    (Wortsman et al. 2022).
+
+    Args:
+        files: checkpoint -> its share; shares sum to 1.
+    """
+    states = [(read_weights(path).tensors, share) for path, share in files.items()]
+    return {
+        name: sum(share * state[name] for state, share in states)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in states[-1][0].items()
+    }
+
+
 class Release:
     """The steps, in order; each does what is still to do.
 
@@ -91,6 +116,22 @@ class Release:
 
     def checkpoint(self, file: str) -> Path:
         return self.experiment(file) / 'models' / 'net_best.pth'
+
+    def source(self, name: str) -> Path:
+        """The checkpoint that a metric is published from."""
+        settings = self.metrics[name]
+        own = self.checkpoint(settings['training'])
+        if 'average_with' not in settings:
+            return own
+        share = settings['share']
+        other = self.checkpoint(settings['average_with'])
+        mean: dict[str, Any] = average({other: 1 - share, own: share})
+        config = read_weights(own).metadata['config']
+        mean[CONFIG_KEY] = encode_config(config)
+        path = Path('experiments', f'{name}_average.pth')
+        with written_whole(path) as partial:
+            torch.save({'params': mean}, partial)
+        return path
 
     # --- steps ------------------------------------------------------------------------
 
@@ -121,9 +162,14 @@ class Release:
         """The weight file of a metric, with what is known before any measurement."""
         settings = self.metrics[name]
         made_by = ', '.join(self.before(settings['training']))
+        if 'average_with' in settings:
+            made_by += (
+                f'; {settings["share"]:.0%} of these weights and the rest of those of '
+                f'{settings["average_with"]}'
+            )
         card = {**self.plan['card'], **settings.get('card', {})}
         return publish(
-            self.checkpoint(settings['training']),
+            self.source(name),
             name,
             folder=self.args.output,
             precision=settings['precision'],
@@ -280,6 +326,8 @@ def main() -> None:
     add('--only', nargs='+', help='publish these metrics; measure all')
     add('-o', '--output', type=Path, default=BUNDLED_FOLDER, help='of the weights')
     args = parser.parse_args()
+    if args.output != BUNDLED_FOLDER:  # so that pyiqa knows these names, too
+        os.environ[WEIGHTS_VARIABLE] = str(args.output.resolve())
     release = Release(args)
     if unknown := set(args.only or ()) - set(release.metrics):
         parser.error(f'`--only`: the plan has no {", ".join(sorted(unknown))}.')

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 import pytest
+import torch
 import yaml
 from training_data import (
     ENCODER,
@@ -20,8 +21,8 @@ from training_data import (
     write_options,
 )
 
-from pyiqa_clipkd.network import load_network
-from pyiqa_clipkd.weights import file_hash
+from pyiqa_clipkd.network import CLIPKDStudent, load_network
+from pyiqa_clipkd.weights import file_hash, read_weights
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'release.py'
 NAME = 'clipkd_tiny'
@@ -46,6 +47,20 @@ def test_the_common_split_keeps_what_any_split_holds_out() -> None:
     for name in ('x', 'y'):
         held_out = wide[f'without_{name}_split'] == 'test'
         assert (held_out == (table.subset == name)).all()
+
+
+def test_an_average_lies_between_its_two_networks(tmp_path: Path) -> None:
+    files = {}
+    for number, share in enumerate((0.25, 0.75)):
+        network = CLIPKDStudent(ENCODER, embed_dim=8, input_size=SIZE)
+        files[tmp_path / f'{number}.pth'] = share
+        torch.save({'params': network.state_dict()}, tmp_path / f'{number}.pth')
+    first, second = (read_weights(path).tensors for path in files)
+    for name, value in script().average(files).items():
+        if value.is_floating_point():
+            wanted = 0.25 * first[name] + 0.75 * second[name]
+            assert torch.allclose(value, wanted), name
+        assert value.dtype == first[name].dtype
 
 
 @pytest.fixture
