@@ -189,6 +189,8 @@ class Release:
             'scores': ['evaluate.py', name, *files, *columns, *plot],
             'robustness': ['robustness.py', name, *photographs],
         }
+        if name not in self.metrics:  # the teacher
+            del commands['robustness']
         found: dict[str, Any] = {}
         for what, command in commands.items():
             path = args.results / f'{name}.{what}.json'
