@@ -47,6 +47,7 @@ class StageOutputs:
                 f'`train: feature_hints` needs stages of the strides {list(strides)}, '
                 f'but {network.config["encoder"]} has none of {missing}.'
             )
+        self._channels_last = getattr(backbone, 'output_fmt', 'NCHW') == 'NHWC'
         self.channels = {stride: stages[stride]['num_chs'] for stride in strides}
         self.maps: dict[int, Tensor] = {}
         for stride in strides:
@@ -55,8 +56,9 @@ class StageOutputs:
 
     def _hook(self, stride: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            last = output.shape[1] != self.channels[stride]  # (N, H, W, C): Swin
-            self.maps[stride] = output.permute(0, 3, 1, 2) if last else output
+            if self._channels_last:  # Swin
+                output = output.permute(0, 3, 1, 2)
+            self.maps[stride] = output
 
         return keep
 

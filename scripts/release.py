@@ -92,6 +92,11 @@ def average(files: dict[Path, float]) -> dict[str, torch.Tensor]:
     }
 
 
+def without_root(command: str) -> str:
+    """As evaluate.py and robustness.py record a command: relative to the checkout."""
+    return command.replace(f'{ROOT}{os.sep}', '')
+
+
 class Release:
     """The steps, in order; each does what is still to do.
 
@@ -137,7 +142,8 @@ class Release:
 
     def prepare(self) -> None:
         """The resized photographs and their table, where the option files look."""
-        data = next(iter(self.options.values()))['datasets']['train']
+        resized = self.options[self.plan['teacher']['training']]
+        data = resized['datasets']['train']
         target = Path(data['meta_info_file'])
         if target.is_file():
             return
@@ -194,9 +200,12 @@ class Release:
         found: dict[str, Any] = {}
         for what, command in commands.items():
             path = args.results / f'{name}.{what}.json'
+            command += ['--weights', weights, *further, '-o', path]
             known = json.loads(path.read_text()) if path.is_file() else {}
-            if known.get('weights_sha256') != file_hash(weights):
-                run(*command, '--weights', weights, *further, '-o', path)
+            words = ['python', f'scripts/{command[0]}', *map(str, command[1:])]
+            same = known.get('command') == without_root(' '.join(words))
+            if not same or known['weights_sha256'] != file_hash(weights):
+                run(*command)
             found[what] = json.loads(path.read_text())
         return found
 

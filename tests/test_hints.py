@@ -29,6 +29,19 @@ def test_every_preset_shows_a_map_at_each_stride(encoder: str) -> None:
         assert maps.shape == (2, stages.channels[stride], side, side)
 
 
+def test_maps_as_high_as_they_have_channels_keep_their_axes() -> None:
+    student = CLIPKDStudent('swin', embed_dim=8, input_size=384).eval()
+    stages = StageOutputs(student)
+    upper = torch.rand(1, 3, 384, 384)
+    upper[:, :, 192:] = 0.5  # flat below, so that the rows differ and the channels not
+    with torch.no_grad():
+        student(upper)
+    maps = stages.maps[4][0]
+    assert maps.shape == (96, 96, 96)
+    above, below = maps[:, 8:40], maps[:, 56:88]
+    assert below.std(dim=(1, 2)).mean() < 0.7 * above.std(dim=(1, 2)).mean()
+
+
 def test_an_encoder_without_stages_is_an_error_that_names_it() -> None:
     student = CLIPKDStudent('timm:test_vit', embed_dim=8, input_size=160)
     with pytest.raises(ValueError, match=r'strides \[4, 8, 16, 32\], but timm:test_vi'):

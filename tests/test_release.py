@@ -14,6 +14,7 @@ import yaml
 from training_data import (
     ENCODER,
     SIZE,
+    data_options,
     finished,
     start,
     student_options,
@@ -81,13 +82,16 @@ def release(tmp_path: Path) -> list[str]:
     }
     weights = 'experiments/tiny_teacher/models/net_best.pth'
     student = {**options, 'name': 'tiny_student', 'teacher': {'weights': weights}}
+    # As in the shipped plan, the first training reads the photographs as they are.
+    first = {**teacher, 'name': 'tiny_first', 'datasets': data_options(csv.parent)}
+    write_options(folder / 'first.yml', first)
     write_options(folder / 'teacher.yml', teacher)
     write_options(folder / 'student.yml', student)
     plan = {
         'splits': [1, 2],
         'size': SIZE,
         'teacher': {'training': 'teacher.yml', 'input_size': SIZE},
-        'trainings': ['teacher.yml', 'student.yml'],
+        'trainings': ['first.yml', 'teacher.yml', 'student.yml'],
         'card': {'Data': 'noise', 'Licence': 'none'},
         'metrics': {NAME: {'training': 'student.yml', 'precision': 'float16'}},
     }
