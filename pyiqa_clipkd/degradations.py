@@ -40,12 +40,12 @@ def white_noise(image: Image.Image, sigma: float, seed: int = 0) -> Image.Image:
 
 def jpeg(image: Image.Image, quality: float) -> Image.Image:
     """JPEG compression; `quality` from 1 to 95."""
-    return _coded(image, 'JPEG', quality=round(quality))
+    return coded(image, 'JPEG', quality=round(quality))
 
 
 def jpeg2000(image: Image.Image, ratio: float) -> Image.Image:
     """JPEG 2000 compression to one `ratio`-th of the pixels' bytes."""
-    return _coded(image, 'JPEG2000', quality_mode='rates', quality_layers=[ratio])
+    return coded(image, 'JPEG2000', quality_mode='rates', quality_layers=[ratio])
 
 
 def down_up(image: Image.Image, factor: float) -> Image.Image:
@@ -71,7 +71,8 @@ def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def _coded(image: Image.Image, form: str, **options: object) -> Image.Image:
+def coded(image: Image.Image, form: str, **options: object) -> Image.Image:
+    """Written as a file of Pillow's format `form` and read again."""
     file = io.BytesIO()
     image.save(file, form, **options)
     return Image.open(file).convert('RGB')

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def loop_iterations(
         total = int(train['total_epoch']) * planned
     in_an_epoch = math.ceil(images / world_size) // (loaded or batch)
     return min(total, (math.ceil(total / planned) + 1) * in_an_epoch)
+
+
+def recorded_command(words: Iterable[object], root: Path) -> str:
+    """A Python command as the records of measurements show it.
+
+    Args:
+        words: script and arguments.
+        root: checkout; paths below it are shown relative to it.
+    """
+    return ' '.join(['python', *map(str, words)]).replace(f'{root}{os.sep}', '')
 
 
 def newest_checkpoint(states: Path, models: Path) -> int | None:

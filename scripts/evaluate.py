@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -27,6 +26,7 @@ from scipy.stats import pearsonr, spearmanr
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
+from pyiqa_clipkd.experiment import recorded_command
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.head import HIGHEST, LOWEST
 from pyiqa_clipkd.network import LEVELS
@@ -114,7 +114,7 @@ def record(args: argparse.Namespace, start: float) -> dict[str, Any]:
     """What a reader needs to repeat a measurement."""
     weights = find_weights(args.metric, args.weights)
     return {
-        'command': ' '.join(['python', *sys.argv]).replace(f'{ROOT}{os.sep}', ''),
+        'command': recorded_command(sys.argv, ROOT),
         'metric': args.metric,
         'weights_sha256': file_hash(weights) if weights else None,
         'python': platform.python_version(),

@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ import pandas as pd
 import torch
 import yaml
 
+from pyiqa_clipkd.experiment import recorded_command
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import WEIGHTS_VARIABLE
@@ -92,11 +94,6 @@ def average(files: dict[Path, float]) -> dict[str, torch.Tensor]:
     }
 
 
-def without_root(command: str) -> str:
-    """As evaluate.py and robustness.py record a command: relative to the checkout."""
-    return command.replace(f'{ROOT}{os.sep}', '')
-
-
 class Release:
     """The steps, in order; each does what is still to do.
 
@@ -147,16 +144,13 @@ class Release:
         target = Path(data['meta_info_file'])
         if target.is_file():
             return
-        wide = target.parent.parent / target.name
-        wide.parent.mkdir(parents=True, exist_ok=True)
         table = add_columns(pd.read_csv(self.args.csv), self.plan['splits'])
-        table.to_csv(wide, index=False)
         where = ['--images', self.args.images, '-o', target.parent]
-        run(
-            'resize_images.py',
-            *(wide, '--size', self.plan['size'], '--format', 'bmp', *where),
-        )
-        wide.unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            wide = Path(folder, target.name)
+            table.to_csv(wide, index=False)
+            size = ['--size', self.plan['size'], '--format', 'bmp']
+            run('resize_images.py', wide, *size, *where)
 
     def train(self) -> None:
         """Each training in turn, from its last checkpoint."""
@@ -202,8 +196,8 @@ class Release:
             path = args.results / f'{name}.{what}.json'
             command += ['--weights', weights, *further, '-o', path]
             known = json.loads(path.read_text()) if path.is_file() else {}
-            words = ['python', f'scripts/{command[0]}', *map(str, command[1:])]
-            same = known.get('command') == without_root(' '.join(words))
+            words = [f'scripts/{command[0]}', *command[1:]]
+            same = known.get('command') == recorded_command(words, ROOT)
             if not same or known['weights_sha256'] != file_hash(weights):
                 run(*command)
             found[what] = json.loads(path.read_text())

@@ -9,7 +9,6 @@ by 2 %. Without `--images` the photographs are those that come with scikit-image
 from __future__ import annotations
 
 import argparse
-import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,15 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
+from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, coded, degrade
 
 SCIKIT_IMAGE = ('astronaut', 'chelsea', 'coffee', 'rocket')
-
-
-def png(image: Image.Image) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, 'PNG')
-    return Image.open(file).convert('RGB')
 
 
 def resized(image: Image.Image) -> Image.Image:
@@ -42,7 +35,7 @@ def resized(image: Image.Image) -> Image.Image:
 HARMLESS: dict[str, Callable[[Image.Image], Image.Image]] = {
     'flip': lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     'shift_1_px': lambda image: image.crop((1, 1, image.width, image.height)),
-    'png': png,
+    'png': lambda image: coded(image, 'PNG'),
     'resize_2_percent': resized,
 }
 

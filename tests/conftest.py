@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any import that reads them: no downloads, and no files of this machine's user.
 _EMPTY = tempfile.TemporaryDirectory()
@@ -120,3 +121,33 @@ def openai_archive() -> Callable[[nn.Module, int, Path], Path]:
         return path
 
     return save
+
+
+# --- trainings in the host's loop -----------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with images and a teacher; it is the working directory, too."""
+    from training_data import write_images, write_teacher
+
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / 'data')
+    write_teacher(tmp_path / 'data')
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What every iteration logged."""
+    from pyiqa_clipkd.model import CLIPKDModel
+
+    seen: list[dict[str, Any]] = []
+    original = CLIPKDModel.optimize_parameters
+
+    def optimize_parameters(self: CLIPKDModel, current_iter: int) -> None:
+        original(self, current_iter)
+        seen.append({'iter': current_iter, **self.log_dict})
+
+    monkeypatch.setattr(CLIPKDModel, 'optimize_parameters', optimize_parameters)
+    return seen

@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import student_options, write_images, write_options, write_teacher
+from training_data import checkpoint, run, student_options
 
-from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.encoders import PRESETS
 from pyiqa_clipkd.hints import STRIDES, FeatureHintLoss, StageOutputs
-from pyiqa_clipkd.model import CLIPKDModel
 from pyiqa_clipkd.network import CLIPKDStudent
-from pyiqa_clipkd.weights import read_weights
 
 
 @pytest.mark.parametrize('encoder', PRESETS)
@@ -78,56 +75,31 @@ def test_maps_of_other_sizes_are_compared_at_the_smaller_one() -> None:
 # --- in the host's loop ---------------------------------------------------------------
 
 
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / 'data')
-    write_teacher(tmp_path / 'data')
-    return tmp_path / 'data'
-
-
-def train(options: dict[str, Any], *arguments: str) -> None:
-    file = write_options(Path('options.yml'), options)
-    pipeline.train(['-opt', str(file), *arguments])
-
-
-def weights(name: str) -> dict[str, torch.Tensor]:
-    return read_weights(f'experiments/{name}/models/net_latest.pth').tensors
-
-
 def test_hints_bring_the_student_s_maps_nearer_and_leave_no_trace(
-    data: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, steps: list[dict[str, Any]]
 ) -> None:
-    seen: list[dict[str, float]] = []
-    original = CLIPKDModel.optimize_parameters
-
-    def optimize_parameters(self: CLIPKDModel, current_iter: int) -> None:
-        original(self, current_iter)
-        seen.append(dict(self.log_dict))
-
-    monkeypatch.setattr(CLIPKDModel, 'optimize_parameters', optimize_parameters)
-    train(student_options(data) | {'name': 'without'})
-    seen.clear()
-    train(student_options(data, feature_hints=1, total_epoch=8) | {'name': 'with'})
-    hints = [step['l_hints'] for step in seen if 'l_hints' in step]
-    assert len(hints) == len(seen) - 1, 'none where lambda has reached 0'
+    run(student_options(data) | {'name': 'without'})
+    steps.clear()
+    run(student_options(data, feature_hints=1, total_epoch=8) | {'name': 'with'})
+    hints = [step['l_hints'] for step in steps if 'l_hints' in step]
+    assert len(hints) == len(steps) - 1, 'none where lambda has reached 0'
     assert sum(hints[-5:]) < 0.9 * sum(hints[:5])
-    first = seen[0]
+    first = steps[0]
     total = first['soft_weight'] * (first['l_soft'] + first['l_hints'])
     assert first['l_total'] == pytest.approx(total, abs=1e-4)
-    assert weights('with').keys() == weights('without').keys()
+    assert checkpoint('with').keys() == checkpoint('without').keys()
 
 
 def test_a_stopped_training_with_hints_goes_on_as_if_it_hadn_t(data: Path) -> None:
     options = student_options(data, feature_hints=1)
-    train(options)
-    expected = weights('student')
+    run(options)
+    expected = checkpoint('student')
     for file in Path('experiments/student/training_states').glob('*.state'):
         if file.stem != '7':
             file.unlink()
     Path('experiments/student/models/net_latest.pth').unlink()
-    train(options, '--auto_resume')
-    again = weights('student')
+    run(options, '--auto_resume')
+    again = checkpoint('student')
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
@@ -141,16 +113,16 @@ def test_a_stopped_training_with_hints_goes_on_as_if_it_hadn_t(data: Path) -> No
 )
 def test_mistakes_are_named(data: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train(student_options(data, **changes))
+        run(student_options(data, **changes))
 
 
 def test_hints_need_a_teacher_and_no_cache(data: Path) -> None:
     options = student_options(data, feature_hints=1, mos_loss_opt={'type': 'MSELoss'})
     options['teacher'] = None
     with pytest.raises(ValueError, match=r'feature_hints` needs a `teacher`'):
-        train(options)
+        run(options)
     options = student_options(data, feature_hints=1)
     options['teacher']['cache'] = 'cache'
     options['datasets']['train']['views'] = 2
     with pytest.raises(ValueError, match=r'`teacher: cache` exclude each other'):
-        train(options)
+        run(options)

@@ -16,7 +16,9 @@ from pyiqa.models import build_model
 from scipy.stats import spearmanr
 from training_data import (
     ENCODER,
+    checkpoint,
     data_options,
+    run,
     student_options,
     write_images,
     write_options,
@@ -27,37 +29,6 @@ from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.model import CLIPKDModel, iterations_that_run, mos_to_score_range
 from pyiqa_clipkd.network import CLIPLikert, QualityNetwork, load_network
 from pyiqa_clipkd.weights import read_weights
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with images and a teacher; it is the working directory, too."""
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / 'data')
-    write_teacher(tmp_path / 'data')
-    return tmp_path / 'data'
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What every iteration logged."""
-    seen: list[dict[str, Any]] = []
-    original = CLIPKDModel.optimize_parameters
-
-    def optimize_parameters(self: CLIPKDModel, current_iter: int) -> None:
-        original(self, current_iter)
-        seen.append({'iter': current_iter, **self.log_dict})
-
-    monkeypatch.setattr(CLIPKDModel, 'optimize_parameters', optimize_parameters)
-    return seen
-
-
-def run(options: dict[str, Any]) -> Any:
-    return pipeline.train(['-opt', str(write_options(Path('options.yml'), options))])
-
-
-def checkpoint(name: str, label: str = 'net_latest') -> dict[str, torch.Tensor]:
-    return read_weights(f'experiments/{name}/models/{label}.pth').tensors
 
 
 def built(options: dict[str, Any]) -> CLIPKDModel:

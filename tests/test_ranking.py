@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from training_data import student_options, write_images, write_options, write_teacher
+from training_data import checkpoint, run, student_options
 
-from pyiqa_clipkd import pipeline
-from pyiqa_clipkd.model import CLIPKDModel
 from pyiqa_clipkd.ranking import DegradationRankingLoss
-from pyiqa_clipkd.weights import read_weights
 
 
 @pytest.fixture
@@ -104,27 +102,14 @@ def test_mistakes_are_named(options: dict[str, float], message: str) -> None:
 
 
 def test_a_training_with_ranking_repeats_itself_and_logs_the_term(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, steps: list[dict[str, Any]]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / 'data')
-    write_teacher(tmp_path / 'data')
-    seen: list[dict[str, float]] = []
-    original = CLIPKDModel.optimize_parameters
-
-    def optimize_parameters(self: CLIPKDModel, current_iter: int) -> None:
-        original(self, current_iter)
-        seen.append(dict(self.log_dict))
-
-    monkeypatch.setattr(CLIPKDModel, 'optimize_parameters', optimize_parameters)
     ranking = {'type': 'DegradationRankingLoss', 'share': 0.5}
     tensors = []
     for name in ('one', 'two'):
-        options = student_options(tmp_path / 'data', ranking_loss_opt=ranking)
-        file = write_options(Path('options.yml'), options | {'name': name})
-        pipeline.train(['-opt', str(file)])
-        tensors.append(read_weights(f'experiments/{name}/models/net_latest.pth')[0])
-    first = seen[0]
+        run(student_options(data, ranking_loss_opt=ranking) | {'name': name})
+        tensors.append(checkpoint(name))
+    first = steps[0]
     total = first['soft_weight'] * first['l_soft'] + first['l_ranking']
     assert first['l_total'] == pytest.approx(total, abs=1e-4)
     assert all(torch.equal(tensors[1][key], value) for key, value in tensors[0].items())

@@ -14,7 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
+from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.network import CLIPLikert
+from pyiqa_clipkd.weights import read_weights
 
 SIZE = 32
 ENCODER = 'timm:test_efficientnet'
@@ -108,6 +110,17 @@ def write_options(path: Path, options: dict[str, Any]) -> Path:
 
     path.write_text(yaml.dump(options, Dumper=Plain, sort_keys=False))
     return path
+
+
+def run(options: dict[str, Any], *arguments: str) -> Any:
+    """Train in this process, in the working directory."""
+    file = write_options(Path('options.yml'), options)
+    return pipeline.train(['-opt', str(file), *arguments])
+
+
+def checkpoint(name: str, label: str = 'net_latest') -> dict[str, torch.Tensor]:
+    """The tensors that a training left."""
+    return read_weights(f'experiments/{name}/models/{label}.pth').tensors
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
