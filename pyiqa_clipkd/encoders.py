@@ -33,6 +33,9 @@ WEIGHT_PACKAGES = {
     for i in range(3)
 }
 
+# Bias of a gate that begins open: sigmoid(3) = 0.95, and a gradient still passes.
+OPEN_GATE = 3.0
+
 # Entries of OpenAI's state dicts that are numbers, not weights.
 OPENAI_NUMBERS = ('input_resolution', 'context_length', 'vocab_size')
 
@@ -174,6 +177,19 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
             f'first {problems[0]}.'
         )
     backbone.load_state_dict({name: tensors[name] for name in wanted})
+
+
+def open_gates(network: nn.Module) -> None:
+    """Squeeze-and-excitation gates begin open, and the same for all channels.
+
+    For a network that takes its other weights from one without gates: random ones would
+    undo what those weights do. Gates that the weights have are loaded over these.
+    """
+    for module in network.modules():
+        last = getattr(module, 'conv_expand', None)
+        if isinstance(last, nn.Conv2d) and last.bias is not None:
+            nn.init.zeros_(last.weight)
+            nn.init.constant_(last.bias, OPEN_GATE)
 
 
 def build_open_clip_model(

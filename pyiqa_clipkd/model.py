@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyiqa_clipkd.distributed import share, wrap
+from pyiqa_clipkd.encoders import open_gates
 from pyiqa_clipkd.engine import TrainingEngine
 from pyiqa_clipkd.experiment import loop_iterations
 from pyiqa_clipkd.files import written_whole
@@ -30,7 +31,7 @@ from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
 from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
 from pyiqa_clipkd.loss import DistillationTerms
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
-from pyiqa_clipkd.options import without_weights
+from pyiqa_clipkd.options import split_word, without_weights
 from pyiqa_clipkd.projection import start_projection
 from pyiqa_clipkd.teacher_cache import TeacherCache, view_key
 from pyiqa_clipkd.views import check_views, one_view_each
@@ -123,6 +124,7 @@ class CLIPKDModel(GeneralIQAModel):
         if self.is_train:
             self.engine = TrainingEngine(opt['train'], self.device)
         self.view_keys: Tensor | None = None
+        self.copies: tuple[Tensor | None, Tensor | None] = (None, None)
         self._started, self._seconds_before = time.time(), 0.0
         self._predictions: list[tuple[str, float, float]] = []
         check_data_sets(opt)
@@ -156,6 +158,8 @@ class CLIPKDModel(GeneralIQAModel):
         else:
             teacher = build_network(options)
         teacher = teacher.to(self.device).eval().requires_grad_(False)
+        if self.engine.channels_last:
+            teacher.to(memory_format=torch.channels_last)
         share(teacher)
         return teacher
 
@@ -172,7 +176,8 @@ class CLIPKDModel(GeneralIQAModel):
         """(N, 3, H, W) -> (N, D), from the cache where there is one."""
         with torch.no_grad():
             if self.cache is None:
-                return teacher.embed(img)
+                with self.engine.autocast():
+                    return teacher.embed(self.engine.images(img)).float()
             if view_keys is None:  # from a loader that isn't ours
                 view_keys = torch.stack([view_key(one) for one in img.cpu()])
             return self.cache.embed(img, view_keys)
@@ -207,19 +212,19 @@ class CLIPKDModel(GeneralIQAModel):
         return wrap(hints, self.opt, self.device)
 
     def _of_this_split(self, weights: str) -> str:
-        """`{split}` in the teacher's path -> the number that n-splits folders carry.
+        """`{split}` in a path -> the word of the training's split.
 
         A teacher of another split has seen this split's test images.
         """
         split = self.opt['datasets']['train'].get('split_index')
-        if isinstance(split, int):
-            weights = weights.replace('{split}', f'{split - 1:02d}')
-        return weights
+        return weights.replace('{split}', split_word(split))
 
     def _build_network(self) -> QualityNetwork:
         options = self.opt['network']
         known: dict[str, Any] = {}
         path = self.opt['path'].get('pretrain_network')
+        if path and self.is_train:
+            path = self._of_this_split(path)
         if path:
             # What the options leave open (width, input size), the checkpoint knows.
             known = read_weights(path).metadata.get('config', {})
@@ -235,7 +240,10 @@ class CLIPKDModel(GeneralIQAModel):
                 f'got {type(network).__name__}.'
             )
         if path:
-            self.load_network(network, path, self.opt['path'].get('strict_load', True))
+            strict = self.opt['path'].get('strict_load', True)
+            if not strict:
+                open_gates(network)
+            self.load_network(network, path, strict)
         if self.teacher is not None:  # last: not the anchors of an earlier teacher
             network.adopt_head(self.teacher)
             self._start_projection(self.teacher, network)
@@ -365,6 +373,7 @@ class CLIPKDModel(GeneralIQAModel):
         """Take images and labels; a reference image, where there is one, is ignored."""
         self.img_input = data['img'].to(self.device)
         self.view_keys = data.get('view_key')
+        self.copies = data.get('copies'), data.get('levels')
         self.img_paths = data.get('img_path', [])
         if 'mos_label' in data:
             self.gt_mos = mos_to_score_range(data['mos_label']).to(self.device)
@@ -420,8 +429,11 @@ class CLIPKDModel(GeneralIQAModel):
         """
         images, levels = self.img_input, self.img_input.new_zeros(0, 2)
         if self.cri_ranking is not None:
-            copies, levels = self.cri_ranking.views(images, seed)
-            images = torch.cat([images, copies])
+            copies, levels = self.copies
+            if copies is None:  # from a loader that isn't ours
+                copies, levels = self.cri_ranking.views(images, seed)
+            images = torch.cat([images, copies.to(self.device)])
+            levels = levels.to(self.device)
         with self.engine.autocast():
             output = self.net(self.engine.images(images), return_details=True)
         n = len(self.img_input)

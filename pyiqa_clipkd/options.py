@@ -29,7 +29,8 @@ def load_options(
     `datasets` gets what it doesn't say itself from `data`.
 
     In `name` and in the paths of weights `{encoder}` becomes the encoder of `network`
-    and `{data}` the name of `data`; in `save_final_results_path`, `{name}` the name.
+    and `{data}` the name of `data`; in `name` also `{split}` the `split_word`; in
+    `save_final_results_path`, `{name}` the name.
 
     Args:
         paths: the option file, or several: a recipe, then for instance one's own data.
@@ -56,7 +57,7 @@ def load_options(
         '{encoder}': encoder_word(encoder),
         '{data}': str(data.get('name', 'data')),
     }
-    _fill(options, 'name', words)
+    _fill(options, 'name', words | {'{split}': split_word(data.get('split_index'))})
     words['{name}'] = options['name']
     _fill(options, 'save_final_results_path', words)
     _fill(options.get('path') or {}, 'pretrain_network', words)
@@ -69,6 +70,13 @@ def load_options(
 def encoder_word(encoder: str) -> str:
     """`timm:test_vit.in1k` -> `test_vit.in1k`, for names of folders and metrics."""
     return re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1])
+
+
+def split_word(split_index: int | str | None) -> str:
+    """`{split}` of paths: `00` of split 1, as n-splits folders count; else a column."""
+    if isinstance(split_index, int):
+        return f'{split_index - 1:02d}'
+    return str(split_index)
 
 
 def without_weights(network: dict[str, Any]) -> dict[str, Any]:

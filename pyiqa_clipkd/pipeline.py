@@ -31,6 +31,7 @@ from pyiqa_clipkd.engine import check_options
 from pyiqa_clipkd.experiment import newest_checkpoint
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.options import load_options, without_weights
+from pyiqa_clipkd.ranking import BatchWithCopies
 from pyiqa_clipkd.views import EpochSampler, SeededDataset
 
 
@@ -203,6 +204,8 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
     Yields:
         The state that the training goes on from; empty for a fresh start.
     """
+    from pyiqa.losses import build_loss
+
     original = host.create_train_val_dataloader
     resumed: dict[str, Any] = {}
 
@@ -216,6 +219,7 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
         opt['manual_seed'] = shared(opt['manual_seed'])
         loader, sampler, *rest = original(opt, logger)
         seed, data = opt['manual_seed'], opt['datasets']['train']
+        ranking = opt['train'].get('ranking_loss_opt')
         batches = len(loader)
         epoch = resumed.get('epoch', 0)
         done = resumed.get('iter', 0) - epoch * batches
@@ -232,6 +236,7 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
                 seed,
                 views=data.get('views'),
                 keys=bool((opt.get('teacher') or {}).get('cache')),
+                seeds=bool(ranking),
             ),
             data,
             num_gpu=opt['num_gpu'],
@@ -239,6 +244,8 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
             sampler=sampler,
             seed=seed,
         )
+        if ranking:
+            loader.collate_fn = BatchWithCopies(build_loss(ranking))
         return loader, sampler, *rest
 
     with (

@@ -7,19 +7,24 @@ moved photograph is as good as it was.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
 
 # A photograph gives these copies: one moved, one damaged, one damaged more.
 COPIES = 3
 MILDEST = 0.5
+
+# That damage copies at the same time; a GPU would wait for one.
+THREADS = 8
 
 
 class RankingViews(NamedTuple):
@@ -87,19 +92,20 @@ class DegradationRankingLoss(nn.Module):
         """
         draw = np.random.default_rng(seed)
         chosen = img[: max(1, round(self.share * len(img)))]
-        groups: list[list[Tensor]] = [[], [], []]
-        levels = []
-        for one in chosen:
-            groups[0].append(self._moved(one, draw))
-            kind = list(DISTORTIONS)[draw.integers(len(DISTORTIONS))]
-            pair = np.sort(draw.uniform(MILDEST, LEVELS, 2))
-            levels.append(pair)
-            photograph, noise = _to_image(one), int(draw.integers(2**32))
-            for group, level in zip(groups[1:], pair, strict=True):
-                damaged = degrade(photograph, kind, level, noise)
-                group.append(_to_tensor(damaged).to(one))
-        images = torch.stack([one for group in groups for one in group])
-        return RankingViews(images, torch.tensor(np.array(levels)).to(img))
+        moved = [self._moved(one, draw) for one in chosen]
+        n = len(chosen)
+        kinds = [list(DISTORTIONS)[k] for k in draw.integers(len(DISTORTIONS), size=n)]
+        levels = np.sort(draw.uniform(MILDEST, LEVELS, (n, 2)))
+        noises = [int(noise) for noise in draw.integers(2**32, size=n)]
+        photographs = [_to_image(one) for one in chosen.cpu()]
+        with ThreadPoolExecutor(THREADS) as pool:  # Pillow and NumPy let them
+            damaged = [
+                _to_tensor(one)
+                for level in levels.T
+                for one in pool.map(degrade, photographs, kinds, level, noises)
+            ]
+        images = torch.cat([torch.stack(moved), torch.stack(damaged).to(img)])
+        return RankingViews(images, torch.tensor(levels).to(img))
 
     def _moved(self, img: Tensor, draw: np.random.Generator) -> Tensor:
         """Mirrored half of the times, and moved; the border is repeated."""
@@ -120,8 +126,29 @@ class DegradationRankingLoss(nn.Module):
         return self.weight * (ranking + self.stability * (moved - score).abs()).mean()
 
 
+class BatchWithCopies:
+    """Collates a batch with the copies of its images, in the loader's processes.
+
+    To the host's batch it adds `copies` and `levels` (see `RankingViews`). The batch
+    must have a `seed` for each image; that of the first draws the copies.
+
+    Args:
+        loss: whose `views` they are.
+    """
+
+    def __init__(self, loss: DegradationRankingLoss) -> None:
+        self.loss = loss
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = default_collate(items)
+        batch['copies'], batch['levels'] = self.loss.views(
+            batch['img'], int(batch['seed'][0])
+        )
+        return batch
+
+
 def _to_image(img: Tensor) -> Image.Image:
-    pixels = (img.detach().cpu() * 255).round().clamp(0, 255).byte()
+    pixels = (img.detach() * 255).round().clamp(0, 255).byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 

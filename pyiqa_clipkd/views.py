@@ -94,16 +94,24 @@ class SeededDataset(Dataset):
             of an image is always the same, whatever the augmentation.
         keys: add `view_key`, the digest of the image by which a teacher's embedding is
             found again.
+        seeds: add `seed`, which drew the view.
     """
 
     def __init__(
-        self, dataset: Any, seed: int, *, views: int | None = None, keys: bool = False
+        self,
+        dataset: Any,
+        seed: int,
+        *,
+        views: int | None = None,
+        keys: bool = False,
+        seeds: bool = False,
     ) -> None:
         self.dataset = dataset
         self.opt = dataset.opt
         self.seed = seed
         self.views = views
         self.keys = keys
+        self.seeds = seeds
 
     def __getitem__(self, key: Position) -> dict[str, Any]:
         seed = hash((self.seed, *key))
@@ -117,6 +125,8 @@ class SeededDataset(Dataset):
         item = self.dataset[key[-1]]
         if self.keys:
             item['view_key'] = view_key(item['img'])
+        if self.seeds:
+            item['seed'] = seed
         return item
 
     def __len__(self) -> int:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pyiqa_clipkd.encoders import (
+    OPEN_GATE,
     PRESETS,
     WEIGHT_PACKAGES,
     build_open_clip_model,
     build_timm_encoder,
     load_backbone,
+    open_gates,
     resolve_encoder,
 )
 
@@ -241,3 +243,11 @@ def test_random_weights_that_are_wanted_cause_no_warning(
 ) -> None:
     build_open_clip_model('open_clip:tiny', None)
     assert 'No pretrained weights' not in caplog.text
+
+
+def test_open_gates_let_all_channels_of_all_images_pass_alike() -> None:
+    network = backbone('efficientnet_b0')
+    open_gates(network)
+    gate = network.get_submodule('blocks.1.0.se')
+    maps = torch.randn(2, 96, 5, 5)
+    assert torch.allclose(gate(maps), maps * torch.tensor(OPEN_GATE).sigmoid())

@@ -231,3 +231,15 @@ def test_several_files_are_merged_in_their_order(tmp_path: Path) -> None:
         'mos_range': [1, 100],
         'dataroot_target': 'photos',
     }
+
+
+@pytest.mark.parametrize(
+    ('split', 'word'),
+    [('1', '00'), ('10', '09'), ('without_a_split', 'without_a_split')],
+)
+def test_the_split_is_in_the_name_as_n_splits_count_or_as_its_column(
+    tmp_path: Path, split: str, word: str
+) -> None:
+    text = 'name: one_{split}\ndata: {name: mine}\n'
+    name = load(tmp_path, text, f'data:split_index={split}')['name']
+    assert name == f'one_{word}'

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from training_data import checkpoint, run, student_options
 
-from pyiqa_clipkd.ranking import DegradationRankingLoss
+from pyiqa_clipkd.ranking import BatchWithCopies, DegradationRankingLoss
 
 
 @pytest.fixture
@@ -96,6 +96,18 @@ def test_gradients_lift_the_photograph_and_lower_its_copies() -> None:
 def test_mistakes_are_named(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DegradationRankingLoss(**options)  # type: ignore[arg-type]
+
+
+def test_a_batch_is_collated_with_the_copies_that_its_first_seed_draws(
+    batch: Tensor,
+) -> None:
+    loss = DegradationRankingLoss(share=0.5)
+    items = [{'img': one, 'seed': 7 + n} for n, one in enumerate(batch)]
+    collated = BatchWithCopies(loss)(items)
+    images, levels = loss.views(batch, 7)
+    assert torch.equal(collated['img'], batch)
+    assert torch.equal(collated['copies'], images)
+    assert torch.equal(collated['levels'], levels)
 
 
 # --- in the host's loop ---------------------------------------------------------------
