@@ -67,6 +67,33 @@ def less_contrast(image: Image.Image, share: float) -> Image.Image:
     return _image(pixels + share * (pixels.mean() - pixels))
 
 
+def webp(image: Image.Image, quality: float) -> Image.Image:
+    """WebP compression; `quality` from 0 to 100."""
+    return coded(image, 'WEBP', quality=round(quality))
+
+
+def pixelate(image: Image.Image, side: float) -> Image.Image:
+    """Squares of one colour; `side` in pixels."""
+    width, height = (max(1, round(length / side)) for length in image.size)
+    small = image.resize((width, height), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+def impulse_noise(image: Image.Image, share: float, seed: int = 0) -> Image.Image:
+    """A `share` of the pixels is black or white."""
+    pixels = np.array(image)
+    draw = np.random.default_rng(seed).random(pixels.shape[:2])
+    pixels[draw < share / 2] = 0
+    pixels[draw > 1 - share / 2] = 255
+    return Image.fromarray(pixels)
+
+
+def posterize(image: Image.Image, steps: float) -> Image.Image:
+    """Each channel in `steps` + 1 values."""
+    pixels = np.asarray(image, np.float32) / 255
+    return _image(255 / steps * (steps * pixels).round())
+
+
 def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
@@ -109,13 +136,23 @@ DISTORTIONS = {
     'contrast_loss': Distortion(less_contrast, 0, (0.2, 0.36, 0.5, 0.64, 0.77, 0.88)),
 }
 
+# Kinds that no training here has seen: what they say of a metric wasn't rehearsed.
+UNSEEN_DISTORTIONS = {
+    'webp': Distortion(webp, 100, (40, 25, 15, 8, 4, 0)),
+    'pixelation': Distortion(pixelate, 1, (2, 3, 4, 6, 8, 12), in_pixels=True),
+    'impulse_noise': Distortion(
+        impulse_noise, 0, (0.005, 0.01, 0.02, 0.04, 0.08, 0.16), random=True
+    ),
+    'posterization': Distortion(posterize, 255, (24, 14, 9, 6, 4, 2)),
+}
+
 
 def degrade(image: Image.Image, kind: str, level: float, seed: int = 0) -> Image.Image:
     """A damaged copy of an RGB photograph.
 
     Args:
         image: RGB.
-        kind: one of `DISTORTIONS`.
+        kind: one of `DISTORTIONS` or `UNSEEN_DISTORTIONS`.
         level: from 0 (unchanged) to 6 (severe); between whole levels the strength is
             interpolated.
         seed: of noise.
@@ -123,15 +160,14 @@ def degrade(image: Image.Image, kind: str, level: float, seed: int = 0) -> Image
     Raises:
         ValueError: if there is no such kind, or the level is outside [0, 6].
     """
-    if kind not in DISTORTIONS:
-        raise ValueError(
-            f'`kind` must be one of {", ".join(DISTORTIONS)}, but got {kind!r}.'
-        )
+    kinds = DISTORTIONS | UNSEEN_DISTORTIONS
+    if kind not in kinds:
+        raise ValueError(f'`kind` must be one of {", ".join(kinds)}, but got {kind!r}.')
     if not 0 <= level <= LEVELS:
         raise ValueError(f'`level` must be in [0, {LEVELS}], but got {level}.')
     if level == 0:
         return image
-    distortion = DISTORTIONS[kind]
+    distortion = kinds[kind]
     scale = [distortion.none, *distortion.strengths]
     strength = float(np.interp(level, range(LEVELS + 1), scale))
     if distortion.in_pixels:

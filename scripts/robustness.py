@@ -1,9 +1,10 @@
 """Does a metric fall with damage, and stay where nothing has changed?
 
 Each photograph is damaged in nine ways at six levels each. Monotonicity is the share of
-neighbouring levels (the photograph itself is level 0) in the right order. Stability is
-how far the score moves under a mirror, a shift by one pixel, a PNG file, and a resize
-by 2 %. Without `--images` the photographs are those that come with scikit-image.
+neighbouring levels (the photograph itself is level 0) in the right order. Four more
+ways, which `DegradationRankingLoss` doesn't know, are counted apart. Stability is how
+far the score moves under a mirror, a shift by one pixel, a PNG file, and a resize by
+2 %. Without `--images` the photographs are those that come with scikit-image.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
-from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, coded, degrade
+from pyiqa_clipkd.degradations import (
+    DISTORTIONS,
+    LEVELS,
+    UNSEEN_DISTORTIONS,
+    coded,
+    degrade,
+)
 
 SCIKIT_IMAGE = ('astronaut', 'chelsea', 'coffee', 'rocket')
 
@@ -68,7 +75,8 @@ def measure(
     def score(image: Image.Image) -> float:
         return float(metric(to_tensor(image)[None]))
 
-    orders: dict[str, list[list[bool]]] = {kind: [] for kind in DISTORTIONS}
+    kinds = [*DISTORTIONS, *UNSEEN_DISTORTIONS]
+    orders: dict[str, list[list[bool]]] = {kind: [] for kind in kinds}
     moves: dict[str, list[float]] = {name: [] for name in HARMLESS}
     originals = []
     for number, (_, image) in enumerate(tqdm(images, unit='image')):
@@ -86,9 +94,10 @@ def measure(
     return {
         'images': len(images),
         'scores': {name: s for (name, _), s in zip(images, originals, strict=True)},
-        'right_order': {k: np.mean(rows) for k, rows in orders.items()},
+        'right_order': {k: np.mean(orders[k]) for k in DISTORTIONS},
         'right_order_of_levels': every.mean(axis=(0, 1)).tolist(),
         'right_order_all': every.mean(),
+        'right_order_unseen': {k: np.mean(orders[k]) for k in UNSEEN_DISTORTIONS},
         'moves': {
             name: {'median': np.median(values), 'p95': np.percentile(values, 95)}
             for name, values in moves.items()
