@@ -217,7 +217,9 @@ class CLIPKDModel(GeneralIQAModel):
         A teacher of another split has seen this split's test images.
         """
         split = self.opt['datasets']['train'].get('split_index')
-        return weights.replace('{split}', split_word(split))
+        return (
+            weights if split is None else weights.replace('{split}', split_word(split))
+        )
 
     def _build_network(self) -> QualityNetwork:
         options = self.opt['network']
@@ -241,7 +243,7 @@ class CLIPKDModel(GeneralIQAModel):
             )
         if path:
             strict = self.opt['path'].get('strict_load', True)
-            if not strict:
+            if not strict and not options.get('encoder_weights'):
                 open_gates(network)
             self.load_network(network, path, strict)
         if self.teacher is not None:  # last: not the anchors of an earlier teacher

@@ -57,7 +57,14 @@ def load_options(
         '{encoder}': encoder_word(encoder),
         '{data}': str(data.get('name', 'data')),
     }
-    _fill(options, 'name', words | {'{split}': split_word(data.get('split_index'))})
+    split = data.get('split_index')
+    if '{split}' in options['name'] and split is None:
+        raise ValueError('`name` holds {split}, but `data: split_index` is missing.')
+    _fill(
+        options,
+        'name',
+        words | ({} if split is None else {'{split}': split_word(split)}),
+    )
     words['{name}'] = options['name']
     _fill(options, 'save_final_results_path', words)
     _fill(options.get('path') or {}, 'pretrain_network', words)
@@ -72,11 +79,11 @@ def encoder_word(encoder: str) -> str:
     return re.sub(r'[^\w.-]+', '-', encoder.split(':')[-1])
 
 
-def split_word(split_index: int | str | None) -> str:
+def split_word(split_index: int | str) -> str:
     """`{split}` of paths: `00` of split 1, as n-splits folders count; else a column."""
     if isinstance(split_index, int):
         return f'{split_index - 1:02d}'
-    return str(split_index)
+    return split_index
 
 
 def without_weights(network: dict[str, Any]) -> dict[str, Any]:

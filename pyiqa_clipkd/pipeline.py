@@ -217,6 +217,9 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
 
     def create_train_val_dataloader(opt: dict[str, Any], logger: Any) -> Any:
         opt['manual_seed'] = shared(opt['manual_seed'])
+        for data in opt['datasets'].values():
+            if not data.get('num_worker_per_gpu'):  # torch refuses them
+                data['persistent_workers'] = False
         loader, sampler, *rest = original(opt, logger)
         seed, data = opt['manual_seed'], opt['datasets']['train']
         ranking = opt['train'].get('ranking_loss_opt')

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
 from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
 
@@ -23,7 +23,7 @@ from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
 COPIES = 3
 MILDEST = 0.5
 
-# That damage copies at the same time; a GPU would wait for one.
+# That damage copies at the same time, where no process of a loader does it.
 THREADS = 8
 
 
@@ -98,7 +98,7 @@ class DegradationRankingLoss(nn.Module):
         levels = np.sort(draw.uniform(MILDEST, LEVELS, (n, 2)))
         noises = [int(noise) for noise in draw.integers(2**32, size=n)]
         photographs = [_to_image(one) for one in chosen.cpu()]
-        with ThreadPoolExecutor(THREADS) as pool:  # Pillow and NumPy let them
+        with ThreadPoolExecutor(1 if get_worker_info() else THREADS) as pool:
             damaged = [
                 _to_tensor(one)
                 for level in levels.T

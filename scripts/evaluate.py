@@ -97,17 +97,22 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--weights', help="a file in place of the metric's own")
     parser.add_argument('--crops', type=int, help='at native resolution, beside it all')
     parser.add_argument('--input-size', type=int, help='side in pixels')
+    parser.add_argument('--device', help='default: cuda where there is a GPU, or cpu')
+
+
+def device(args: argparse.Namespace) -> str:
+    return args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def create_metric(args: argparse.Namespace) -> torch.nn.Module:
-    """The metric of `add_metric`'s arguments, on the CPU."""
+    """The metric of `add_metric`'s arguments."""
     options = {
         'pretrained_model_path': args.weights,
         'crops': args.crops,
         'input_size': args.input_size,
     }
     given = {key: value for key, value in options.items() if value is not None}
-    return pyiqa.create_metric(args.metric, device='cpu', **given)
+    return pyiqa.create_metric(args.metric, device=device(args), **given)
 
 
 def record(args: argparse.Namespace, start: float) -> dict[str, Any]:
@@ -119,6 +124,7 @@ def record(args: argparse.Namespace, start: float) -> dict[str, Any]:
         'weights_sha256': file_hash(weights) if weights else None,
         'python': platform.python_version(),
         'torch': torch.__version__,
+        'device': device(args),
         'threads': torch.get_num_threads(),
         'seconds': round(time.time() - start),
     }

@@ -5,8 +5,10 @@
 
 It resizes the photographs once, trains what plan.yml in `--configs` lists, publishes
 the metrics, measures each of them, and writes the model cards from these measurements.
-What is finished is left alone, so the same command goes on where a stopped one was: a
-training at its last checkpoint, a measurement where the weights have changed.
+The bundled weights are those of the plan's first split; where it has more, the same
+recipe on these says how much a figure owes to the split. What is finished is left
+alone, so the same command goes on where a stopped one was: a training at its last
+checkpoint, a measurement where the weights have changed. `--jobs` at once suit a GPU.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cache, partial
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -31,7 +36,7 @@ from pyiqa_clipkd.experiment import recorded_command
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import WEIGHTS_VARIABLE
-from pyiqa_clipkd.options import load_options
+from pyiqa_clipkd.options import load_options, split_word
 from pyiqa_clipkd.publish import model_card, publish
 from pyiqa_clipkd.weights import (
     BUNDLED_FOLDER,
@@ -42,38 +47,72 @@ from pyiqa_clipkd.weights import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = 'common_split'
+TEACHER = 'clipkd_teacher'
 WORDS = {True: 'train', False: 'test'}
+STEPS = ('prepare', 'train', 'publish', 'score', 'disturb', 'write')
+
 # How long each metric is timed, in turn with the others.
 SECONDS_OF_TIMING = 3.0
 
 
-def split_columns(splits: list[int]) -> list[str]:
-    return [f'ratio802_seed123_split_{number:02d}' for number in splits]
+Split = int | str
 
 
-def add_columns(table: pd.DataFrame, splits: list[int]) -> pd.DataFrame:
-    """With `common_split`, and `without_NAME_split` for each word of `subset`.
+def split_column(split: Split) -> str:
+    """Of pyiqa's tables, for a number; any other word is a column itself."""
+    return f'ratio802_seed123_split_{split:02d}' if isinstance(split, int) else split
 
-    The train side of the first lies in the train sides of all `splits`: one network
-    trained on it may be tested on the test side of each of them.
-    """
+
+def add_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """With `without_NAME_split` for each word of `subset`: that one is held out."""
     table = table.copy()
-    sides = table[split_columns(splits)] == 'train'
-    table[COMMON] = sides.all(axis=1).map(WORDS)
     if 'subset' in table:
         for name in sorted(table.subset.unique()):
             table[f'without_{name}_split'] = (table.subset != name).map(WORDS)
     return table
 
 
-def run(script: str, *arguments: Any) -> None:
+def run(script: str, *arguments: Any, log: Path | None = None) -> None:
     """Run another script of this folder; its failure ends this one."""
     command = [sys.executable, str(ROOT / 'scripts' / script), *map(str, arguments)]
     print('==', *command[1:], flush=True)
     paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
     path = os.pathsep.join(filter(None, paths))
-    subprocess.run(command, check=True, env=os.environ | {'PYTHONPATH': path})
+    env = os.environ | {'PYTHONPATH': path}
+    if log is None:
+        subprocess.run(command, check=True, env=env)
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open('a') as file:
+        code = subprocess.run(command, env=env, stdout=file, stderr=file).returncode
+    if code:
+        raise RuntimeError(f'{script} ended with {code}: see {log}.')
+
+
+def in_order(
+    tasks: dict[Any, Callable[[], Any]],
+    needs: Callable[[Any], Iterable[Any]],
+    jobs: int,
+) -> None:
+    """Run each task after those that it needs, `jobs` at a time; earlier ones first.
+
+    Raises:
+        Exception: that of the first task that failed, when those beside it have ended;
+            no further one is started.
+    """
+    order = TopologicalSorter({task: set(needs(task)) & set(tasks) for task in tasks})
+    order.prepare()
+    ready: list[Any] = []
+    running: dict[Future[Any], Any] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while order.is_active():
+            ready = sorted([*ready, *order.get_ready()], key=list(tasks).index)
+            while ready and len(running) < jobs:
+                task = ready.pop(0)
+                running[pool.submit(tasks[task])] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()
+                order.done(running.pop(future))
 
 
 def average(files: dict[Path, float]) -> dict[str, torch.Tensor]:
@@ -94,6 +133,13 @@ def average(files: dict[Path, float]) -> dict[str, torch.Tensor]:
     }
 
 
+class Training(NamedTuple):
+    """An option file on one split."""
+
+    file: str
+    split: Split
+
+
 class Release:
     """The steps, in order; each does what is still to do.
 
@@ -106,45 +152,84 @@ class Release:
         plan = args.configs / 'plan.yml'
         self.plan: dict[str, Any] = yaml.safe_load(plan.read_text(encoding='utf-8'))
         self.metrics: dict[str, dict[str, Any]] = self.plan['metrics']
+        self.options = cache(self._options)
 
-    @cached_property
-    def options(self) -> dict[str, dict[str, Any]]:
-        """Option file -> what it expands to."""
+    def _options(self, training: Training) -> dict[str, Any]:
+        file = self.args.configs / training.file
+        return load_options(file, self.overrides(training))
+
+    def overrides(self, training: Training) -> list[str]:
+        return [f'data:split_index={training.split}', *(self.args.force_yml or [])]
+
+    def experiment(self, training: Training) -> Path:
+        return Path('experiments', self.options(training)['name'])
+
+    def checkpoint(self, training: Training) -> Path:
+        return self.experiment(training) / 'models' / 'net_best.pth'
+
+    def of(self, name: str, split: Split, key: str = 'training') -> Training:
+        """The training that a metric, or the teacher, comes from."""
+        settings = self.metrics.get(name, self.plan['teacher'])
+        return Training(settings[key], split)
+
+    def splits(self, name: str) -> list[Split]:
+        """Those of a metric or the teacher: its own, or the plan's."""
+        settings = self.metrics.get(name, self.plan['teacher'])
+        splits: list[Split] = settings.get('splits', self.plan['splits'])
+        return splits
+
+    def trainings(self) -> list[Training]:
+        """All that the metrics and the teacher need: split by split, as in the plan."""
+        wanted = [
+            self.of(name, split, key)
+            for name in [TEACHER, *self.metrics]
+            for split in self.splits(name)
+            for key in ('training', 'average_with')
+            if key in self.metrics.get(name, self.plan['teacher'])
+        ]
         files = self.plan['trainings']
-        return {file: load_options(self.args.configs / file) for file in files}
+        if missing := {training.file for training in wanted} - set(files):
+            raise ValueError(f'plan.yml: `trainings` lacks {", ".join(missing)}.')
+        needed = {t for training in wanted for t in self.before(training)}
+        folders: dict[Path, Training] = {}
+        for training in needed:
+            other = folders.setdefault(self.experiment(training), training)
+            if other != training:
+                raise ValueError(
+                    f'plan.yml: {training.file} trains the splits {other.split} and '
+                    f'{training.split} in one folder; its `name` must hold {{split}}.'
+                )
+        splits = list(dict.fromkeys(training.split for training in wanted))
+        return sorted(
+            needed, key=lambda t: (splits.index(t.split), files.index(t.file))
+        )
 
-    def experiment(self, file: str) -> Path:
-        return Path('experiments', self.options[file]['name'])
-
-    def checkpoint(self, file: str) -> Path:
-        return self.experiment(file) / 'models' / 'net_best.pth'
-
-    def source(self, name: str) -> Path:
+    def source(self, name: str, split: Split) -> Path:
         """The checkpoint that a metric is published from."""
         settings = self.metrics[name]
-        own = self.checkpoint(settings['training'])
+        own = self.checkpoint(self.of(name, split))
         if 'average_with' not in settings:
             return own
         share = settings['share']
-        other = self.checkpoint(settings['average_with'])
+        other = self.checkpoint(self.of(name, split, 'average_with'))
         mean: dict[str, Any] = average({other: 1 - share, own: share})
         config = read_weights(own).metadata['config']
         mean[CONFIG_KEY] = encode_config(config)
-        path = Path('experiments', f'{name}_average.pth')
-        with written_whole(path) as partial:
-            torch.save({'params': mean}, partial)
+        path = Path('experiments', f'{name}_{split_word(split)}_average.pth')
+        with written_whole(path) as unfinished:
+            torch.save({'params': mean}, unfinished)
         return path
 
     # --- steps ------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """The resized photographs and their table, where the option files look."""
-        resized = self.options[self.plan['teacher']['training']]
+        resized = self.options(self.of(TEACHER, self.plan['splits'][0]))
         data = resized['datasets']['train']
         target = Path(data['meta_info_file'])
         if target.is_file():
             return
-        table = add_columns(pd.read_csv(self.args.csv), self.plan['splits'])
+        table = add_columns(pd.read_csv(self.args.csv))
         where = ['--images', self.args.images, '-o', target.parent]
         with tempfile.TemporaryDirectory() as folder:
             wide = Path(folder, target.name)
@@ -153,83 +238,152 @@ class Release:
             run('resize_images.py', wide, *size, *where)
 
     def train(self) -> None:
-        """Each training in turn, from its last checkpoint."""
-        for file in self.options:
-            if not (self.experiment(file) / 'run.json').is_file():
-                run('train.py', '-opt', self.args.configs / file, '--auto_resume')
+        """Each training from its last checkpoint, after those that it needs."""
+        todo = [
+            training
+            for training in self.trainings()
+            if not (self.experiment(training) / 'run.json').is_file()
+        ]
+        tasks = {training: partial(self._train, training) for training in todo}
+        in_order(tasks, lambda training: self.before(training)[:-1], self.args.jobs)
 
-    def publish(self, name: str) -> Path:
+    def _train(self, training: Training) -> None:
+        file = self.args.configs / training.file
+        log = Path(f'{self.experiment(training)}.log') if self.args.jobs > 1 else None
+        changes = ['--force_yml', *self.overrides(training)]
+        run('train.py', '-opt', file, '--auto_resume', *changes, log=log)
+
+    def publish(self) -> None:
+        """All weight files, but those of which only the training's record is here."""
+        for name in self.metrics:
+            for split in self.splits(name):
+                training = self.of(name, split)
+                elsewhere = (self.experiment(training) / 'run.json').is_file()
+                if self.checkpoint(training).is_file() or not elsewhere:
+                    self._publish(name, split)
+
+    def _publish(self, name: str, split: Split) -> None:
         """The weight file of a metric, with what is known before any measurement."""
         settings = self.metrics[name]
-        made_by = ', '.join(self.before(settings['training']))
+        made_by = ', '.join(t.file for t in self.before(self.of(name, split)))
         if 'average_with' in settings:
             made_by += (
                 f'; {settings["share"]:.0%} of these weights and the rest of those of '
                 f'{settings["average_with"]}'
             )
         card = {**self.plan['card'], **settings.get('card', {})}
-        return publish(
-            self.source(name),
+        publish(
+            self.source(name, split),
             name,
-            folder=self.args.output,
+            folder=self.file(name, split).parent,
             precision=settings['precision'],
             card=card | {'Made by': f'scripts/release.py: {made_by}; seed 123'},
             input_size=settings.get('input_size'),
         )
 
-    def measure(self, name: str, weights: Path, *further: Any) -> dict[str, Any]:
-        """What evaluate.py and robustness.py say of a weight file."""
-        args, plan = self.args, self.plan
-        splits = self.metrics.get(name, {}).get('splits', plan['splits'])
-        photographs = ['--images', args.photographs] if args.photographs else []
-        files = ['--images', args.images, '--csv', args.csv]
-        plot = ['--plot', args.results / f'{name}.reliability.png']
-        columns = ['--columns', *split_columns(splits)]
-        commands = {
-            'scores': ['evaluate.py', name, *files, *columns, *plot],
-            'robustness': ['robustness.py', name, *photographs],
-        }
-        if name not in self.metrics:  # the teacher
-            del commands['robustness']
-        found: dict[str, Any] = {}
-        for what, command in commands.items():
-            path = args.results / f'{name}.{what}.json'
-            command += ['--weights', weights, *further, '-o', path]
-            known = json.loads(path.read_text()) if path.is_file() else {}
-            words = [f'scripts/{command[0]}', *command[1:]]
-            same = known.get('command') == recorded_command(words, ROOT)
-            if not same or known['weights_sha256'] != file_hash(weights):
-                run(*command)
-            found[what] = json.loads(path.read_text())
+    def file(self, name: str, split: Split) -> Path:
+        """The weights of a metric; those of the first split are the bundled ones."""
+        if name == TEACHER:
+            return self.checkpoint(self.of(name, split))
+        if split == self.plan['splits'][0]:
+            return Path(self.args.output, f'{name}.safetensors')
+        return Path(
+            'experiments', f'published_{split_word(split)}', f'{name}.safetensors'
+        )
+
+    def measure(self, name: str, split: Split, what: str) -> dict[str, Any]:
+        """What evaluate.py (`scores`) or robustness.py say of a weight file."""
+        args, weights = self.args, self.file(name, split)
+        column = split_column(split)
+        first = split == self.plan['splits'][0]
+        words = [name] if first else [name, column]
+        path = args.results / ('.'.join([*words, what]) + '.json')
+        if what == 'scores':
+            files = ['--images', args.images, '--csv', args.csv, '--columns', column]
+            plot = ['--plot', args.results / f'{name}.reliability.png'] * first
+            command = ['evaluate.py', name, *files, *plot]
+        else:
+            photographs = ['--images', args.photographs] if args.photographs else []
+            command = ['robustness.py', name, *photographs]
+        command += ['--weights', weights, '-o', path]
+        if name == TEACHER:
+            command += ['--input-size', self.plan['teacher']['input_size']]
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        recorded = recorded_command([f'scripts/{command[0]}', *command[1:]], ROOT)
+        same = known.get('command') == recorded
+        if not weights.is_file() and same:  # measured where it was trained
+            return known
+        if not same or known['weights_sha256'] != file_hash(weights):
+            log = Path(args.results, path.stem + '.log') if args.jobs > 1 else None
+            run(*command, log=log)
+        found: dict[str, Any] = json.loads(path.read_text())
         return found
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def score(self) -> None:
+        """All held-out sides."""
+        names = [TEACHER, *self.metrics]
+        every = [(name, split) for name in names for split in self.splits(name)]
+        in_order(
+            {one: partial(self.measure, *one, 'scores') for one in every},
+            lambda one: (),
+            self.args.jobs,
+        )
+
+    def disturb(self) -> None:
+        """Damage, and harmless changes, for the bundled weights."""
+        first = self.plan['splits'][0]
+        in_order(
+            {n: partial(self.measure, n, first, 'robustness') for n in self.metrics},
+            lambda name: (),
+            self.args.jobs,
+        )
+
+    def write(self) -> None:
         """The table of all metrics, and from its rows their cards."""
-        pd.DataFrame(rows).to_csv(self.args.results / 'release.csv', index=False)
-        for row in rows:
-            path = self.args.output / f'{row["metric"]}.safetensors'
-            card = model_card(path, read_weights(path).metadata, measured(row))
-            with written_whole(path.with_suffix('.md')) as partial:
-                partial.write_text(card, encoding='utf-8')
+        first = self.plan['splits'][0]
+        files = {name: self.file(name, first) for name in self.metrics}
+        times = milliseconds(files)
+        rows = []
+        for name, path in files.items():
+            scores = {s: self.measure(name, s, 'scores') for s in self.splits(name)}
+            row = table_row(
+                name,
+                path,
+                scores,
+                self.measure(name, first, 'robustness'),
+            )
+            row['trained_on'] = self.metrics[name]['trained_on']
+            row['training_minutes'] = round(self.seconds(self.of(name, first)) / 60)
+            rows.append(row | {'milliseconds': round(times[name], 1)})
+            card = model_card(path, read_weights(path).metadata, measured(rows[-1]))
+            with written_whole(path.with_suffix('.md')) as unfinished:
+                unfinished.write_text(card, encoding='utf-8')
+        table = pd.DataFrame(rows)
+        table.to_csv(self.args.results / 'release.csv', index=False)
+        shown = ['metric', 'megabytes', 'srcc_median', 'right_order', 'milliseconds']
+        print(table[shown].to_string(index=False))
 
     # --- what a metric came from ------------------------------------------------------
 
-    def before(self, file: str) -> list[str]:
-        """Option files that a training needs, its own last."""
-        options = self.options[file]
+    def before(self, training: Training) -> list[Training]:
+        """What a training needs, itself last."""
+        options = self.options(training)
         needed = [
             options['path'].get('pretrain_network'),
             (options.get('teacher') or {}).get('weights'),
         ]
-        files: list[str] = []
-        for other in self.options:
-            if any(path and Path(path) == self.checkpoint(other) for path in needed):
-                files += [f for f in self.before(other) if f not in files]
-        return [*files, file]
+        word = split_word(training.split)
+        paths = [Path(path.replace('{split}', word)) for path in needed if path]
+        found: list[Training] = []
+        for file in self.plan['trainings']:
+            other = Training(file, training.split)
+            if self.checkpoint(other) in paths:
+                found += [t for t in self.before(other) if t not in found]
+        return [*found, training]
 
-    def seconds(self, file: str) -> int:
+    def seconds(self, training: Training) -> int:
         """Of a training and of all that it needs."""
-        records = [self.experiment(f) / 'run.json' for f in self.before(file)]
+        records = [self.experiment(t) / 'run.json' for t in self.before(training)]
         return sum(json.loads(record.read_text())['seconds'] for record in records)
 
 
@@ -251,10 +405,23 @@ def milliseconds(files: dict[str, Path]) -> dict[str, float]:
     return {name: 1000 * seconds for name, seconds in best.items()}
 
 
-def table_row(name: str, path: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """What the cards and README say of a metric."""
+def table_row(
+    name: str,
+    path: Path,
+    scores: dict[Split, dict[str, Any]],
+    robustness: dict[str, Any],
+) -> dict[str, Any]:
+    """What the cards and README say of a metric.
+
+    Args:
+        name: of the metric.
+        path: its bundled weights, which the first of `scores` measured.
+        scores: split -> what evaluate.py said of the weights of that split.
+        robustness: what robustness.py said of the bundled weights.
+    """
     metadata = read_weights(path).metadata
-    columns = found['scores']['columns'].values()
+    columns = [found['all'] for found in scores.values()]
+    own = columns[0]
     row: dict[str, Any] = {
         'metric': name,
         'encoder': metadata['config']['encoder'].split(':')[-1],
@@ -262,18 +429,22 @@ def table_row(name: str, path: Path, found: dict[str, Any]) -> dict[str, Any]:
         'megabytes': round(path.stat().st_size / 1e6, 2),
         'precision': metadata['precision'],
         'splits': len(columns),
-        'held_out': found['scores']['all']['images'],
+        'held_out': own['images'],
+        'srcc': round(own['srcc'], 4),
+        'plcc': round(own['plcc'], 4),
+        'mean_absolute_error': round(own['mean_absolute_error'], 3),
     }
     for key in ('srcc', 'plcc'):
         values = [column[key] for column in columns]
         row[f'{key}_median'] = round(statistics.median(values), 4)
         row[f'{key}_lowest'] = round(min(values), 4)
         row[f'{key}_highest'] = round(max(values), 4)
-    row['mean_absolute_error'] = round(found['scores']['all']['mean_absolute_error'], 3)
-    row['right_order'] = round(found['robustness']['right_order_all'], 4)
-    for kind, share in found['robustness']['right_order'].items():
+    row['right_order'] = round(robustness['right_order_all'], 4)
+    for kind, share in robustness['right_order'].items():
         row[f'order: {kind}'] = round(share, 4)
-    for kind, values in found['robustness']['moves'].items():
+    for kind, share in robustness['right_order_unseen'].items():
+        row[f'unseen: {kind}'] = round(share, 4)
+    for kind, values in robustness['moves'].items():
         for word, value in values.items():
             row[f'move: {kind}, {word}'] = round(value, 4)
     return row | {'sha256': file_hash(path)}
@@ -288,7 +459,10 @@ def measured(row: dict[str, Any]) -> dict[str, str]:
         }
         return {key.replace('_', ' '): value for key, value in part.items()}
 
-    falls = ', '.join(f'{kind} {share:.0%}' for kind, share in some('order: ').items())
+    falls, unseen = (
+        ', '.join(f'{kind} {share:.0%}' for kind, share in some(prefix).items())
+        for prefix in ('order: ', 'unseen: ')
+    )
     moves = some('move: ')
     stays = ', '.join(
         f'{key.removesuffix(", median")} {value:.3f} '
@@ -296,25 +470,29 @@ def measured(row: dict[str, Any]) -> dict[str, str]:
         for key, value in moves.items()
         if key.endswith('median')
     )
-    several = row['splits'] > 1
     srcc, plcc = (
-        f'{row[f"{key}_median"]:.3f}'
-        + f' [{row[f"{key}_lowest"]:.3f} to {row[f"{key}_highest"]:.3f}]' * several
+        f'{row[f"{key}_median"]:.3f} [{row[f"{key}_lowest"]:.3f} to '
+        f'{row[f"{key}_highest"]:.3f}]'
         for key in ('srcc', 'plcc')
     )
-    where = f'held-out sides of {row["splits"]} splits' if several else 'held-out side'
-    return {
-        'Results': f'SRCC {srcc}, PLCC {plcc}'
-        + ', median [range]' * several
-        + f' on the {row["held_out"]} photographs of the {where}; one seed. Mean '
-        f'absolute error {row["mean_absolute_error"]:.2f} points',
+    rows = {
+        'Results': f'SRCC {row["srcc"]:.3f}, PLCC {row["plcc"]:.3f}, mean absolute '
+        f'error {row["mean_absolute_error"]:.2f} points on the {row["held_out"]} '
+        'photographs of the held-out side; one seed',
+    }
+    if row['splits'] > 1:
+        rows['The same recipe on others'] = (
+            f'SRCC {srcc}, PLCC {plcc}: median [range] of {row["splits"]} splits, each '
+            'with its own teacher; one seed'
+        )
+    return rows | {
         'Falls with damage': f'{row["right_order"]:.1%} of neighbouring levels in the '
-        f'right order: {falls}',
+        f'right order: {falls}. Of kinds that no training here knew: {unseen}',
         'Stays where nothing changed': 'moves of the score, median (95th percentile): '
         f'{stays}',
         'Speed': f'{row["milliseconds"]:.0f} ms for 512 x 512 pixels, one CPU thread',
-        'Cost': f'{row["training_minutes"]} minutes of training on a share of two CPU '
-        'cores, with the teacher and all starts',
+        'Cost': f'{row["training_minutes"]} minutes of training with the teacher and '
+        f'all starts, {row["trained_on"]}',
     }
 
 
@@ -328,35 +506,20 @@ def main() -> None:
     add('--photographs', type=Path, help='good ones, for robustness.py')
     add('--configs', type=Path, default=ROOT / 'configs/release', help='has plan.yml')
     add('--results', type=Path, default=ROOT / 'configs/results/release')
-    add('--only', nargs='+', help='publish these metrics; measure all')
+    add('--jobs', type=int, default=1, help='trainings and measurements at once')
+    add('--force_yml', nargs='+', metavar='KEY:KEY=VALUE', help='for all trainings')
+    add('--stop-after', choices=STEPS, help='the rest is for another machine')
     add('-o', '--output', type=Path, default=BUNDLED_FOLDER, help='of the weights')
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f'`--jobs` must be at least 1, but got {args.jobs}.')
     if args.output != BUNDLED_FOLDER:  # so that pyiqa knows these names, too
         os.environ[WEIGHTS_VARIABLE] = str(args.output.resolve())
     release = Release(args)
-    if unknown := set(args.only or ()) - set(release.metrics):
-        parser.error(f'`--only`: the plan has no {", ".join(sorted(unknown))}.')
-    release.prepare()
-    release.train()
-    teacher = release.plan['teacher']
-    release.measure(
-        'clipkd_teacher',
-        release.checkpoint(teacher['training']),
-        *('--input-size', teacher['input_size']),
-    )
-    files = {name: args.output / f'{name}.safetensors' for name in release.metrics}
-    rows = []
-    for name, path in files.items():
-        if not args.only or name in args.only:
-            release.publish(name)
-        row = table_row(name, path, release.measure(name, path))
-        seconds = release.seconds(release.metrics[name]['training'])
-        rows.append(row | {'training_minutes': round(seconds / 60)})
-    times = milliseconds(files)
-    rows = [row | {'milliseconds': round(times[row['metric']], 1)} for row in rows]
-    release.write(rows)
-    shown = ['metric', 'megabytes', 'srcc_median', 'right_order', 'milliseconds']
-    print(pd.DataFrame(rows)[shown].to_string(index=False))
+    for step in STEPS:
+        getattr(release, step)()
+        if step == args.stop_after:
+            return
 
 
 if __name__ == '__main__':

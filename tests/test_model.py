@@ -16,6 +16,7 @@ from pyiqa.models import build_model
 from scipy.stats import spearmanr
 from training_data import (
     ENCODER,
+    SIZE,
     checkpoint,
     data_options,
     run,
@@ -26,8 +27,14 @@ from training_data import (
 )
 
 from pyiqa_clipkd import pipeline
+from pyiqa_clipkd.encoders import OPEN_GATE
 from pyiqa_clipkd.model import CLIPKDModel, iterations_that_run, mos_to_score_range
-from pyiqa_clipkd.network import CLIPLikert, QualityNetwork, load_network
+from pyiqa_clipkd.network import (
+    CLIPKDStudent,
+    CLIPLikert,
+    QualityNetwork,
+    load_network,
+)
 from pyiqa_clipkd.weights import read_weights
 
 
@@ -197,6 +204,24 @@ def test_a_student_of_another_teacher_gets_the_anchors_of_this_one(data: Path) -
     assert model.teacher is not None
     theirs = model.teacher.state_dict()['head.anchors']
     assert torch.equal(model.net.head.anchors, theirs)
+
+
+def test_gates_that_the_earlier_weights_lack_begin_open(data: Path) -> None:
+    options = student_options(data)
+    options['network']['encoder'] = 'efficientnet'
+    lite = CLIPKDStudent('efficientnet_lite', embed_dim=16, input_size=SIZE)
+    torch.save({'params': lite.state_dict()}, data / 'earlier_00.pth')
+    options['path'] |= {
+        'pretrain_network': str(data / 'earlier_{split}.pth'),
+        'strict_load': False,
+    }
+    state = built(options).net.state_dict()
+    theirs = lite.state_dict()
+    gates = [name for name in state if '.conv_expand.bias' in name]
+    assert len(gates) == 16
+    assert all((state[name] == OPEN_GATE).all() for name in gates)
+    shared = [name for name in state if '.conv_pw.weight' in name]
+    assert all(torch.equal(state[name], theirs[name]) for name in shared)
 
 
 def test_the_teacher_of_the_same_split_is_taken(data: Path) -> None:

@@ -125,3 +125,17 @@ def test_a_training_with_ranking_repeats_itself_and_logs_the_term(
     total = first['soft_weight'] * first['l_soft'] + first['l_ranking']
     assert first['l_total'] == pytest.approx(total, abs=1e-4)
     assert all(torch.equal(tensors[1][key], value) for key, value in tensors[0].items())
+
+
+def test_processes_of_the_loader_draw_the_copies_that_one_process_draws(
+    data: Path,
+) -> None:
+    ranking = {'type': 'DegradationRankingLoss', 'share': 0.5}
+    tensors = []
+    for workers in (0, 2):
+        options = student_options(data, ranking_loss_opt=ranking)
+        for one in options['datasets'].values():
+            one |= {'num_worker_per_gpu': workers, 'persistent_workers': True}
+        run(options | {'name': f'with_{workers}'})
+        tensors.append(checkpoint(f'with_{workers}'))
+    assert all(torch.equal(tensors[1][key], value) for key, value in tensors[0].items())
