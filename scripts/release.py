@@ -314,7 +314,7 @@ class Release:
         if not weights.is_file() and same:  # measured where it was trained
             return known
         if not same or known['weights_sha256'] != file_hash(weights):
-            log = Path(args.results, path.stem + '.log') if args.jobs > 1 else None
+            log = Path('experiments', f'{path.stem}.log') if args.jobs > 1 else None
             run(*command, log=log)
         found: dict[str, Any] = json.loads(path.read_text())
         return found
