@@ -119,7 +119,7 @@ class TrainingEngine:
         return min(1.0, self._step(iteration) / max(1, self.steps - 1))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Around forward passes of networks, and nothing else."""
+        """Around the student's forward pass, and nothing else."""
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)

@@ -176,8 +176,7 @@ class CLIPKDModel(GeneralIQAModel):
         """(N, 3, H, W) -> (N, D), from the cache where there is one."""
         with torch.no_grad():
             if self.cache is None:
-                with self.engine.autocast():
-                    return teacher.embed(self.engine.images(img)).float()
+                return teacher.embed(self.engine.images(img))
             if view_keys is None:  # from a loader that isn't ours
                 view_keys = torch.stack([view_key(one) for one in img.cpu()])
             return self.cache.embed(img, view_keys)

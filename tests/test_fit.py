@@ -280,7 +280,7 @@ def test_a_student_without_weights_names_those_that_have_some(
 ) -> None:
     message = error(capsys, lambda: fit(student='timm:resnet34'))
     assert 'no weights of clipkd_resnet34' in message
-    assert 'Students that have some: resnet18, mobilevit' in message
+    assert 'Students that have some: swin, resnet18, mobilevit' in message
     assert '--teacher' in message
     assert '--start imagenet' in message
 
