@@ -146,13 +146,15 @@ UNSEEN_DISTORTIONS = {
     'posterization': Distortion(posterize, 255, (24, 14, 9, 6, 4, 2)),
 }
 
+ALL_DISTORTIONS = DISTORTIONS | UNSEEN_DISTORTIONS
+
 
 def degrade(image: Image.Image, kind: str, level: float, seed: int = 0) -> Image.Image:
     """A damaged copy of an RGB photograph.
 
     Args:
         image: RGB.
-        kind: one of `DISTORTIONS` or `UNSEEN_DISTORTIONS`.
+        kind: one of `ALL_DISTORTIONS`.
         level: from 0 (unchanged) to 6 (severe); between whole levels the strength is
             interpolated.
         seed: of noise.
@@ -160,14 +162,15 @@ def degrade(image: Image.Image, kind: str, level: float, seed: int = 0) -> Image
     Raises:
         ValueError: if there is no such kind, or the level is outside [0, 6].
     """
-    kinds = DISTORTIONS | UNSEEN_DISTORTIONS
-    if kind not in kinds:
-        raise ValueError(f'`kind` must be one of {", ".join(kinds)}, but got {kind!r}.')
+    if kind not in ALL_DISTORTIONS:
+        raise ValueError(
+            f'`kind` must be one of {", ".join(ALL_DISTORTIONS)}, but got {kind!r}.'
+        )
     if not 0 <= level <= LEVELS:
         raise ValueError(f'`level` must be in [0, {LEVELS}], but got {level}.')
     if level == 0:
         return image
-    distortion = kinds[kind]
+    distortion = ALL_DISTORTIONS[kind]
     scale = [distortion.none, *distortion.strengths]
     strength = float(np.interp(level, range(LEVELS + 1), scale))
     if distortion.in_pixels:

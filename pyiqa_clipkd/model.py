@@ -31,7 +31,7 @@ from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
 from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
 from pyiqa_clipkd.loss import DistillationTerms
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
-from pyiqa_clipkd.options import split_word, without_weights
+from pyiqa_clipkd.options import with_split, without_weights
 from pyiqa_clipkd.projection import start_projection
 from pyiqa_clipkd.teacher_cache import TeacherCache, view_key
 from pyiqa_clipkd.views import check_views, one_view_each
@@ -216,9 +216,7 @@ class CLIPKDModel(GeneralIQAModel):
         A teacher of another split has seen this split's test images.
         """
         split = self.opt['datasets']['train'].get('split_index')
-        return (
-            weights if split is None else weights.replace('{split}', split_word(split))
-        )
+        return with_split(weights, split)
 
     def _build_network(self) -> QualityNetwork:
         options = self.opt['network']

@@ -60,11 +60,8 @@ def load_options(
     split = data.get('split_index')
     if '{split}' in options['name'] and split is None:
         raise ValueError('`name` holds {split}, but `data: split_index` is missing.')
-    _fill(
-        options,
-        'name',
-        words | ({} if split is None else {'{split}': split_word(split)}),
-    )
+    _fill(options, 'name', words)
+    options['name'] = with_split(options['name'], split)
     words['{name}'] = options['name']
     _fill(options, 'save_final_results_path', words)
     _fill(options.get('path') or {}, 'pretrain_network', words)
@@ -84,6 +81,13 @@ def split_word(split_index: int | str) -> str:
     if isinstance(split_index, int):
         return f'{split_index - 1:02d}'
     return split_index
+
+
+def with_split(text: str, split_index: int | str | None) -> str:
+    """`text` with the `split_word` for `{split}`, where there is a split."""
+    if split_index is None:
+        return text
+    return text.replace('{split}', split_word(split_index))
 
 
 def without_weights(network: dict[str, Any]) -> dict[str, Any]:

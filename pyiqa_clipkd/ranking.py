@@ -7,7 +7,6 @@ moved photograph is as good as it was.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,16 +14,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
 from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
 
 # A photograph gives these copies: one moved, one damaged, one damaged more.
 COPIES = 3
 MILDEST = 0.5
-
-# That damage copies at the same time, where no process of a loader does it.
-THREADS = 8
 
 
 class RankingViews(NamedTuple):
@@ -98,12 +94,11 @@ class DegradationRankingLoss(nn.Module):
         levels = np.sort(draw.uniform(MILDEST, LEVELS, (n, 2)))
         noises = [int(noise) for noise in draw.integers(2**32, size=n)]
         photographs = [_to_image(one) for one in chosen.cpu()]
-        with ThreadPoolExecutor(1 if get_worker_info() else THREADS) as pool:
-            damaged = [
-                _to_tensor(one)
-                for level in levels.T
-                for one in pool.map(degrade, photographs, kinds, level, noises)
-            ]
+        damaged = [
+            _to_tensor(one)
+            for level in levels.T
+            for one in map(degrade, photographs, kinds, level, noises)
+        ]
         images = torch.cat([torch.stack(moved), torch.stack(damaged).to(img)])
         return RankingViews(images, torch.tensor(levels).to(img))
 

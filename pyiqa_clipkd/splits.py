@@ -12,6 +12,11 @@ from pyiqa_clipkd.near_copies import near_copies
 HELD_OUT = 0.2
 
 
+def split_column(split: int) -> str:
+    """The name under which pyiqa's tables have split number `split`."""
+    return f'ratio802_seed123_split_{split:02d}'
+
+
 def add_splits(
     table: pd.DataFrame, group: str | None, splits: int = 10, seed: int = 123
 ) -> pd.DataFrame:
@@ -34,7 +39,7 @@ def add_splits(
     result = table.copy()
     for split in range(1, splits + 1):
         sides = np.where(hold_out(groups, rng), 'val', 'train')
-        result[f'ratio802_seed123_split_{split:02d}'] = sides
+        result[split_column(split)] = sides
     return result
 
 

@@ -36,8 +36,9 @@ from pyiqa_clipkd.experiment import recorded_command
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import WEIGHTS_VARIABLE
-from pyiqa_clipkd.options import load_options, split_word
+from pyiqa_clipkd.options import load_options, split_word, with_split
 from pyiqa_clipkd.publish import model_card, publish
+from pyiqa_clipkd.splits import split_column
 from pyiqa_clipkd.weights import (
     BUNDLED_FOLDER,
     CONFIG_KEY,
@@ -54,13 +55,7 @@ STEPS = ('prepare', 'train', 'publish', 'score', 'disturb', 'write')
 # How long each metric is timed, in turn with the others.
 SECONDS_OF_TIMING = 3.0
 
-
 Split = int | str
-
-
-def split_column(split: Split) -> str:
-    """Of pyiqa's tables, for a number; any other word is a column itself."""
-    return f'ratio802_seed123_split_{split:02d}' if isinstance(split, int) else split
 
 
 def add_columns(table: pd.DataFrame) -> pd.DataFrame:
@@ -91,8 +86,8 @@ def run(script: str, *arguments: Any, log: Path | None = None) -> None:
 
 def in_order(
     tasks: dict[Any, Callable[[], Any]],
-    needs: Callable[[Any], Iterable[Any]],
     jobs: int,
+    needs: Callable[[Any], Iterable[Any]] = lambda task: (),
 ) -> None:
     """Run each task after those that it needs, `jobs` at a time; earlier ones first.
 
@@ -153,6 +148,7 @@ class Release:
         self.plan: dict[str, Any] = yaml.safe_load(plan.read_text(encoding='utf-8'))
         self.metrics: dict[str, dict[str, Any]] = self.plan['metrics']
         self.options = cache(self._options)
+        self.first: Split = self.plan['splits'][0]  # of the bundled weights
 
     def _options(self, training: Training) -> dict[str, Any]:
         file = self.args.configs / training.file
@@ -169,13 +165,16 @@ class Release:
 
     def of(self, name: str, split: Split, key: str = 'training') -> Training:
         """The training that a metric, or the teacher, comes from."""
-        settings = self.metrics.get(name, self.plan['teacher'])
-        return Training(settings[key], split)
+        return Training(self.settings(name)[key], split)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """What the plan says of a metric, or of the teacher."""
+        found: dict[str, Any] = (self.metrics | {TEACHER: self.plan['teacher']})[name]
+        return found
 
     def splits(self, name: str) -> list[Split]:
         """Those of a metric or the teacher: its own, or the plan's."""
-        settings = self.metrics.get(name, self.plan['teacher'])
-        splits: list[Split] = settings.get('splits', self.plan['splits'])
+        splits: list[Split] = self.settings(name).get('splits', self.plan['splits'])
         return splits
 
     def trainings(self) -> list[Training]:
@@ -185,7 +184,7 @@ class Release:
             for name in [TEACHER, *self.metrics]
             for split in self.splits(name)
             for key in ('training', 'average_with')
-            if key in self.metrics.get(name, self.plan['teacher'])
+            if key in self.settings(name)
         ]
         files = self.plan['trainings']
         if missing := {training.file for training in wanted} - set(files):
@@ -224,7 +223,7 @@ class Release:
 
     def prepare(self) -> None:
         """The resized photographs and their table, where the option files look."""
-        resized = self.options(self.of(TEACHER, self.plan['splits'][0]))
+        resized = self.options(self.of(TEACHER, self.first))
         data = resized['datasets']['train']
         target = Path(data['meta_info_file'])
         if target.is_file():
@@ -245,13 +244,18 @@ class Release:
             if not (self.experiment(training) / 'run.json').is_file()
         ]
         tasks = {training: partial(self._train, training) for training in todo}
-        in_order(tasks, lambda training: self.before(training)[:-1], self.args.jobs)
+        in_order(tasks, self.args.jobs, lambda training: self.before(training)[:-1])
 
     def _train(self, training: Training) -> None:
         file = self.args.configs / training.file
-        log = Path(f'{self.experiment(training)}.log') if self.args.jobs > 1 else None
         changes = ['--force_yml', *self.overrides(training)]
-        run('train.py', '-opt', file, '--auto_resume', *changes, log=log)
+        command = ['train.py', '-opt', file, '--auto_resume', *changes]
+        self._run(command, self.experiment(training).name)
+
+    def _run(self, command: list[Any], log: str) -> None:
+        """What runs beside others prints to `experiments/LOG.log`."""
+        several = self.args.jobs > 1
+        run(*command, log=Path('experiments', f'{log}.log') if several else None)
 
     def publish(self) -> None:
         """All weight files, but those of which only the training's record is here."""
@@ -285,7 +289,7 @@ class Release:
         """The weights of a metric; those of the first split are the bundled ones."""
         if name == TEACHER:
             return self.checkpoint(self.of(name, split))
-        if split == self.plan['splits'][0]:
+        if split == self.first:
             return Path(self.args.output, f'{name}.safetensors')
         return Path(
             'experiments', f'published_{split_word(split)}', f'{name}.safetensors'
@@ -294,8 +298,9 @@ class Release:
     def measure(self, name: str, split: Split, what: str) -> dict[str, Any]:
         """What evaluate.py (`scores`) or robustness.py say of a weight file."""
         args, weights = self.args, self.file(name, split)
-        column = split_column(split)
-        first = split == self.plan['splits'][0]
+        # Another word than a number is a column itself.
+        column = split_column(split) if isinstance(split, int) else split
+        first = split == self.first
         words = [name] if first else [name, column]
         path = args.results / ('.'.join([*words, what]) + '.json')
         if what == 'scores':
@@ -314,8 +319,7 @@ class Release:
         if not weights.is_file() and same:  # measured where it was trained
             return known
         if not same or known['weights_sha256'] != file_hash(weights):
-            log = Path('experiments', f'{path.stem}.log') if args.jobs > 1 else None
-            run(*command, log=log)
+            self._run(command, path.stem)
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
@@ -323,37 +327,30 @@ class Release:
         """All held-out sides."""
         names = [TEACHER, *self.metrics]
         every = [(name, split) for name in names for split in self.splits(name)]
-        in_order(
-            {one: partial(self.measure, *one, 'scores') for one in every},
-            lambda one: (),
-            self.args.jobs,
-        )
+        tasks = {one: partial(self.measure, *one, 'scores') for one in every}
+        in_order(tasks, self.args.jobs)
 
     def disturb(self) -> None:
         """Damage, and harmless changes, for the bundled weights."""
-        first = self.plan['splits'][0]
-        in_order(
-            {n: partial(self.measure, n, first, 'robustness') for n in self.metrics},
-            lambda name: (),
-            self.args.jobs,
-        )
+        tasks = {
+            name: partial(self.measure, name, self.first, 'robustness')
+            for name in self.metrics
+        }
+        in_order(tasks, self.args.jobs)
 
     def write(self) -> None:
         """The table of all metrics, and from its rows their cards."""
-        first = self.plan['splits'][0]
-        files = {name: self.file(name, first) for name in self.metrics}
+        files = {name: self.file(name, self.first) for name in self.metrics}
         times = milliseconds(files)
         rows = []
         for name, path in files.items():
             scores = {s: self.measure(name, s, 'scores') for s in self.splits(name)}
-            row = table_row(
-                name,
-                path,
-                scores,
-                self.measure(name, first, 'robustness'),
-            )
+            robustness = self.measure(name, self.first, 'robustness')
+            row = table_row(name, path, scores, robustness)
             row['trained_on'] = self.metrics[name]['trained_on']
-            row['training_minutes'] = round(self.seconds(self.of(name, first)) / 60)
+            row['training_minutes'] = round(
+                self.seconds(self.of(name, self.first)) / 60
+            )
             rows.append(row | {'milliseconds': round(times[name], 1)})
             card = model_card(path, read_weights(path).metadata, measured(rows[-1]))
             with written_whole(path.with_suffix('.md')) as unfinished:
@@ -372,8 +369,7 @@ class Release:
             options['path'].get('pretrain_network'),
             (options.get('teacher') or {}).get('weights'),
         ]
-        word = split_word(training.split)
-        paths = [Path(path.replace('{split}', word)) for path in needed if path]
+        paths = [Path(with_split(path, training.split)) for path in needed if path]
         found: list[Training] = []
         for file in self.plan['trainings']:
             other = Training(file, training.split)

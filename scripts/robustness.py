@@ -23,6 +23,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from pyiqa_clipkd.degradations import (
+    ALL_DISTORTIONS,
     DISTORTIONS,
     LEVELS,
     UNSEEN_DISTORTIONS,
@@ -75,8 +76,7 @@ def measure(
     def score(image: Image.Image) -> float:
         return float(metric(to_tensor(image)[None]))
 
-    kinds = [*DISTORTIONS, *UNSEEN_DISTORTIONS]
-    orders: dict[str, list[list[bool]]] = {kind: [] for kind in kinds}
+    orders: dict[str, list[list[bool]]] = {kind: [] for kind in ALL_DISTORTIONS}
     moves: dict[str, list[float]] = {name: [] for name in HARMLESS}
     originals = []
     for number, (_, image) in enumerate(tqdm(images, unit='image')):

@@ -51,7 +51,7 @@ def test_tasks_run_after_what_they_need_and_in_their_order() -> None:
     needs = {'a': [], 'b': ['c'], 'c': [], 'd': ['elsewhere', 'b']}
     done: list[str] = []
     tasks = {name: partial(done.append, name) for name in needs}
-    script().in_order(tasks, needs.__getitem__, jobs=1)
+    script().in_order(tasks, jobs=1, needs=needs.__getitem__)
     assert done == ['a', 'c', 'b', 'd']
 
 
@@ -59,7 +59,7 @@ def test_a_task_that_fails_stops_those_that_need_it() -> None:
     done: list[str] = []
     tasks = {'a': partial(int, 'none'), 'b': partial(done.append, 'b')}
     with pytest.raises(ValueError, match='none'):
-        script().in_order(tasks, lambda name: 'a' if name == 'b' else (), jobs=2)
+        script().in_order(tasks, 2, lambda name: 'a' if name == 'b' else ())
     assert done == []
 
 
