@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOWEST, HIGHEST = 1.0, 5.0
+from pyiqa_clipkd.names import HIGHEST, LOWEST
 
 
 class QualityOutput(NamedTuple):

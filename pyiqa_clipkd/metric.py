@@ -6,9 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.locations import BUNDLED_FOLDER, find_weights
 from pyiqa_clipkd.names import RELEASED, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
-from pyiqa_clipkd.weights import BUNDLED_FOLDER, file_hash, find_weights, read_weights
+from pyiqa_clipkd.weights import read_weights
 
 logger = logging.getLogger('pyiqa')
 

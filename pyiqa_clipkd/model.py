@@ -27,9 +27,10 @@ from pyiqa_clipkd.encoders import open_gates
 from pyiqa_clipkd.engine import TrainingEngine
 from pyiqa_clipkd.experiment import loop_iterations
 from pyiqa_clipkd.files import written_whole
-from pyiqa_clipkd.head import HIGHEST, LOWEST, QualityOutput
+from pyiqa_clipkd.head import QualityOutput
 from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
 from pyiqa_clipkd.loss import DistillationTerms
+from pyiqa_clipkd.names import HIGHEST, LOWEST
 from pyiqa_clipkd.network import CLIPKDStudent, QualityNetwork, load_network
 from pyiqa_clipkd.options import with_split, without_weights
 from pyiqa_clipkd.projection import start_projection

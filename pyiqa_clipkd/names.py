@@ -10,6 +10,10 @@ WEIGHTS_VARIABLE = 'PYIQA_CLIPKD_WEIGHTS'
 PREFIX = 'clipkd_'
 SUFFIX = '.safetensors'
 
+# The scale of all scores, and what people call its levels.
+LOWEST, HIGHEST = 1.0, 5.0
+LEVELS = ('bad', 'poor', 'fair', 'good', 'perfect')
+
 # Metric -> what it is. All of them score in [1, 5], higher is better.
 METRICS = {
     'clipkd_zeroshot': 'CLIP ViT-B/32, prompts only (stage 1)',

@@ -20,12 +20,12 @@ from pyiqa_clipkd.encoders import (
     resolve_encoder,
 )
 from pyiqa_clipkd.head import LikertHead, QualityOutput, RegressionHead, arc_anchors
+from pyiqa_clipkd.names import LEVELS
 from pyiqa_clipkd.preprocessing import CLIPPreprocessing, check_images, native_crops
 from pyiqa_clipkd.weights import Weights, encode_config, read_weights
 
 # Equation 1.
 TEMPLATE = 'a photo of {} quality'
-LEVELS = ('bad', 'poor', 'fair', 'good', 'perfect')
 
 HEADS = ('likert', 'regression')
 

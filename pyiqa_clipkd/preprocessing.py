@@ -8,15 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyiqa_clipkd.geometry import centre, crop_corners, resized_shape, strip_shape
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# A strip of 1 x 100,000 pixels would be blown up to 224 x 22,400,000 before the crop.
-# Strips longer than this multiple of their width are therefore cut before the resize.
-LONGEST_STRIP = 16
-
-# 1/g and 1/g^2 with g^3 = g + 1: multiples of it fill a square evenly.
-CROP_STEPS = (0.7548776662466927, 0.5698402909980532)
 
 
 def check_images(img: Tensor) -> Tensor:
@@ -45,8 +40,7 @@ def check_images(img: Tensor) -> Tensor:
 
 
 def _center_crop(img: Tensor, height: int, width: int) -> Tensor:
-    top = round((img.shape[-2] - height) / 2)
-    left = round((img.shape[-1] - width) / 2)
+    top, left = centre(img.shape[-2], height), centre(img.shape[-1], width)
     return img[..., top : top + height, left : left + width]
 
 
@@ -62,14 +56,10 @@ def resize_and_crop(img: Tensor, size: int) -> Tensor:
     Returns:
         (N, C, size, size), values in [0, 1].
     """
+    img = _center_crop(img, *strip_shape(*img.shape[-2:]))
     height, width = img.shape[-2:]
-    short = min(height, width)
-    if max(height, width) > LONGEST_STRIP * short:
-        longest = LONGEST_STRIP * short
-        img = _center_crop(img, min(height, longest), min(width, longest))
-        height, width = img.shape[-2:]
-    if short != size:
-        rows, (height, width) = height, (size * height // short, size * width // short)
+    if min(height, width) != size:
+        rows, (height, width) = height, resized_shape(height, width, size)
         # Along the rows, then along the columns, as PIL does: it also cuts what goes
         # beyond black and white after the first pass.
         for shape in ((rows, width), (height, width)):
@@ -99,9 +89,7 @@ def native_crops(img: Tensor, size: int, count: int) -> Iterator[Tensor]:
     side = min(size, height, width)
     if side == height == width:
         return
-    for number in range(count):
-        x, y = ((0.5 + number * step) % 1 for step in CROP_STEPS)
-        top, left = round(y * (height - side)), round(x * (width - side))
+    for top, left in crop_corners(height, width, side, count):
         yield img[..., top : top + side, left : left + side]
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pyiqa_clipkd import __version__
 from pyiqa_clipkd.encoders import PRESETS
+from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.head import LikertHead
 from pyiqa_clipkd.names import PREFIX, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, load_network
 from pyiqa_clipkd.preprocessing import CLIP_MEAN, CLIP_STD
 from pyiqa_clipkd.weights import (
     CONFIG_KEY,
-    file_hash,
     pack_int8,
     read_weights,
     tensors_hash,

@@ -1,4 +1,4 @@
-"""Weight files: read without running code in them, write, hash, and find by name."""
+"""Weight files: read without running code in them, write and hash."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from pyiqa_clipkd.files import written_whole
-from pyiqa_clipkd.names import SUFFIX, weights_folder
 from pyiqa_clipkd.torchscript import NeedsCodeError, is_torchscript, read_torchscript
-
-BUNDLED_FOLDER = Path(__file__).parent / 'bundled'
 
 # Key of our JSON text among the metadata of a safetensors file, and the key under which
 # a network keeps its own description in a state dict (a uint8 tensor of JSON text).
@@ -196,15 +193,6 @@ def write_weights(
     return path
 
 
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and bytes: the same in every container."""
     digest = hashlib.sha256()
@@ -213,26 +201,3 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def find_weights(name: str, path: str | Path | None = None) -> Path | None:
-    """Where the weights of metric `name` are: `path`, the user's folder, the bundle.
-
-    Returns:
-        The file, or `None` if there is none and no `path` was given.
-
-    Raises:
-        FileNotFoundError: if `path` was given but isn't there.
-    """
-    if path is not None:
-        path = Path(path).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(
-                f'`pretrained_model_path` of {name}: there is no file {path}.'
-            )
-        return path
-    for folder in (Path(weights_folder()), BUNDLED_FOLDER):
-        candidate = folder / f'{name}{SUFFIX}'
-        if candidate.is_file():
-            return candidate
-    return None

@@ -27,10 +27,9 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 from pyiqa_clipkd.experiment import recorded_command
-from pyiqa_clipkd.files import written_whole
-from pyiqa_clipkd.head import HIGHEST, LOWEST
-from pyiqa_clipkd.network import LEVELS
-from pyiqa_clipkd.weights import file_hash, find_weights
+from pyiqa_clipkd.files import file_hash, written_whole
+from pyiqa_clipkd.locations import find_weights
+from pyiqa_clipkd.names import HIGHEST, LEVELS, LOWEST
 
 ROOT = Path(__file__).resolve().parents[1]
 

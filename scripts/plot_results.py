@@ -20,7 +20,7 @@ from scipy.optimize import curve_fit
 from scipy.stats import pearsonr, spearmanr
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pyiqa_clipkd.head import HIGHEST, LOWEST
+from pyiqa_clipkd.names import HIGHEST, LOWEST
 from pyiqa_clipkd.reproduce.plan import VARIANTS
 
 TEACHER = 'teacher'

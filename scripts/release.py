@@ -33,19 +33,14 @@ import torch
 import yaml
 
 from pyiqa_clipkd.experiment import recorded_command
-from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.files import file_hash, written_whole
+from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import WEIGHTS_VARIABLE
 from pyiqa_clipkd.options import load_options, split_word, with_split
 from pyiqa_clipkd.publish import model_card, publish
 from pyiqa_clipkd.splits import split_column
-from pyiqa_clipkd.weights import (
-    BUNDLED_FOLDER,
-    CONFIG_KEY,
-    encode_config,
-    file_hash,
-    read_weights,
-)
+from pyiqa_clipkd.weights import CONFIG_KEY, encode_config, read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = 'clipkd_teacher'

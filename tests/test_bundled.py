@@ -18,7 +18,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pyiqa_clipkd.degradations import PLAIN
-from pyiqa_clipkd.weights import BUNDLED_FOLDER, file_hash, read_weights
+from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.locations import BUNDLED_FOLDER
+from pyiqa_clipkd.weights import read_weights
 
 FILES = sorted(BUNDLED_FOLDER.glob('*.safetensors'))
 SMALL = ('clipkd_efficientnet_lite', 'clipkd_efficientnet', 'clipkd_mobilevit')

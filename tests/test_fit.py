@@ -22,13 +22,15 @@ from training_data import SIZE, write_images, write_teacher
 
 from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.encoders import build_timm_encoder
+from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.fit import plan as fit_plan
 from pyiqa_clipkd.fit.command import main
 from pyiqa_clipkd.fit.starts import find_start
+from pyiqa_clipkd.locations import find_weights
 from pyiqa_clipkd.network import CLIPKDStudent, load_network
 from pyiqa_clipkd.options import load_options
 from pyiqa_clipkd.publish import publish
-from pyiqa_clipkd.weights import file_hash, find_weights, read_weights
+from pyiqa_clipkd.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'

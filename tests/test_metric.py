@@ -11,12 +11,12 @@ import torch
 from pyiqa.default_model_configs import DEFAULT_CONFIGS
 from torch import Tensor, nn
 
-from pyiqa_clipkd import host
-from pyiqa_clipkd import weights as weights_module
+from pyiqa_clipkd import host, locations
+from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import METRICS, RELEASED
 from pyiqa_clipkd.network import CLIPKDStudent, CLIPLikert, QualityNetwork
-from pyiqa_clipkd.weights import file_hash, write_weights
+from pyiqa_clipkd.weights import write_weights
 
 NAME = 'clipkd_mobilevit'
 
@@ -26,7 +26,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Empty places for weights instead of the user's own and the package's."""
     places = {'user': tmp_path / 'user', 'bundle': tmp_path / 'bundle'}
     monkeypatch.setenv('PYIQA_CLIPKD_WEIGHTS', str(places['user']))
-    monkeypatch.setattr(weights_module, 'BUNDLED_FOLDER', places['bundle'])
+    monkeypatch.setattr(locations, 'BUNDLED_FOLDER', places['bundle'])
     monkeypatch.setattr('pyiqa_clipkd.metric.BUNDLED_FOLDER', places['bundle'])
     return places
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.network import CLIPKDStudent, load_network
 from pyiqa_clipkd.publish import main, publish
-from pyiqa_clipkd.weights import file_hash, read_weights
+from pyiqa_clipkd.weights import read_weights
 
 NAME = 'clipkd_tiny-mydata'
 

@@ -23,8 +23,9 @@ from training_data import (
     write_options,
 )
 
+from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.network import CLIPKDStudent, load_network
-from pyiqa_clipkd.weights import file_hash, read_weights
+from pyiqa_clipkd.weights import read_weights
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'release.py'
 NAME = 'clipkd_tiny'

@@ -13,14 +13,14 @@ from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pyiqa_clipkd import weights as weights_module
+from pyiqa_clipkd import locations
+from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.locations import find_weights
 from pyiqa_clipkd.weights import (
     CONFIG_KEY,
     METADATA_KEY,
     decode_config,
     encode_config,
-    file_hash,
-    find_weights,
     read_weights,
     write_weights,
 )
@@ -306,7 +306,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
     """Put a weight file of `clipkd_x` into the user's folder or the bundle."""
     folders = {'user': tmp_path / 'user', 'bundle': tmp_path / 'bundle'}
     monkeypatch.setenv('PYIQA_CLIPKD_WEIGHTS', str(folders['user']))
-    monkeypatch.setattr(weights_module, 'BUNDLED_FOLDER', folders['bundle'])
+    monkeypatch.setattr(locations, 'BUNDLED_FOLDER', folders['bundle'])
 
     def put(place: str) -> Path:
         folders[place].mkdir()

@@ -13,13 +13,13 @@ from typing import Any
 
 from pyiqa_clipkd import pipeline
 from pyiqa_clipkd.correlation import Interval, correlations, score_files
+from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.fit.checks import NEW_TEACHER
 from pyiqa_clipkd.fit.plan import Plan, make_plan, write
 from pyiqa_clipkd.fit.quiet import host_log_to_file
 from pyiqa_clipkd.names import weights_folder
 from pyiqa_clipkd.network import load_network
 from pyiqa_clipkd.publish import publish
-from pyiqa_clipkd.weights import file_hash
 
 Figures = dict[str, dict[str, Interval]]
 

@@ -29,10 +29,9 @@ from pyiqa_clipkd.fit.starts import (
     find_start,
     imagenet_weights,
 )
-from pyiqa_clipkd.head import HIGHEST, LOWEST
-from pyiqa_clipkd.names import PREFIX
+from pyiqa_clipkd.locations import find_weights
+from pyiqa_clipkd.names import HIGHEST, LOWEST, PREFIX
 from pyiqa_clipkd.options import encoder_word, load_options
-from pyiqa_clipkd.weights import find_weights
 
 TEACHER = 'timm:efficientnet_lite2'  # where no CLIP is at hand
 CHECKPOINTS = 5

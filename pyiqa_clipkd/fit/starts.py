@@ -13,9 +13,10 @@ from pyiqa_clipkd.encoders import (
     build_timm_encoder,
     resolve_encoder,
 )
+from pyiqa_clipkd.locations import find_weights
 from pyiqa_clipkd.names import PREFIX
 from pyiqa_clipkd.options import encoder_word
-from pyiqa_clipkd.weights import find_weights, read_weights
+from pyiqa_clipkd.weights import read_weights
 
 PUBLISHED = 'published'
 WITHOUT_FILE = {'imagenet': 'ImageNet weights', 'random': 'random weights'}

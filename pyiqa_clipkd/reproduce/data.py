@@ -143,7 +143,7 @@ def own_data(
         FileNotFoundError: if the CSV or the folder isn't there.
         ValueError: if the second column has no numbers; if there is no such group.
     """
-    from pyiqa_clipkd.weights import file_hash
+    from pyiqa_clipkd.files import file_hash
 
     if not table.is_file() or not images.is_dir():
         raise FileNotFoundError(

@@ -1,0 +1,77 @@
+"""The command `pyiqa-clipkd`: a subcommand is a module that is imported when asked for.
+
+Each has `add_arguments(parser)` and `run(arguments)`, which returns the exit code. None
+of them imports pyiqa, and those that score with onnxruntime don't import torch either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from pyiqa_clipkd import __version__
+
+# Subcommand -> its module in this package, and what it does in a few words.
+SUBCOMMANDS = {
+    'score': ('scoring.command', 'score photographs: files, folders, lists'),
+    'report': ('report.command', 'one page with all results of a run, or of two'),
+    'compare': ('compare', 'do two folders or runs differ, and how surely?'),
+    'export': ('export', 'write a metric as ONNX, for servers and phones'),
+    'models': ('models', 'the metrics, their weights and where they come from'),
+    'doctor': ('doctor', 'versions, hook, weights, devices: for a bug report'),
+}
+
+# Exit codes that all subcommands share.
+WRONG_USAGE, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    # Photographs are resized by several threads at once: numpy's own would be in their
+    # way. Only what is set before its first import counts.
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog='pyiqa-clipkd',
+        description='No-reference image quality: scores from 1 (bad) to 5 (perfect).',
+    )
+    parser.add_argument(
+        '--version', action='version', version=f'%(prog)s {__version__}'
+    )
+    chosen = next((word for word in words if word in SUBCOMMANDS), None)
+    subparsers = parser.add_subparsers(title='commands', metavar='COMMAND', dest='name')
+    modules = {}
+    for name, (module, text) in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text)
+        if name == chosen:
+            modules[name] = import_module(f'pyiqa_clipkd.{module}')
+            subparser.description = modules[name].__doc__
+            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+            modules[name].add_arguments(subparser)
+    parsed = parser.parse_args(words)
+    if parsed.name is None:
+        parser.print_help()
+        return WRONG_USAGE
+    return _run(modules[parsed.name].run, parsed)
+
+
+def _run(
+    run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
+) -> int:
+    """The exit code of a subcommand; a user's mistake is one line, not a traceback."""
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print('\nStopped.', file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f'pyiqa-clipkd {arguments.name}: error: {error}', file=sys.stderr)
+        return WRONG_USAGE

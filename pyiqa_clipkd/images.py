@@ -1,0 +1,244 @@
+"""Files to pixels: what is in a file, and the squares that a network looks at.
+
+Numpy and Pillow only. The squares are those of `preprocessing`, in float: a resize in
+eight bits, as Pillow's own, would move scores by 0.01 in the median and 0.14 at most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pyiqa_clipkd.geometry import centre, crop_corners, resized_shape, strip_shape
+
+# Pillow refuses larger ones by default; see PIL.Image.MAX_IMAGE_PIXELS.
+MAX_PIXELS = 178_000_000
+
+# The orientation in a photograph's EXIF, and its value for one that is upright.
+ORIENTATION, UPRIGHT = 0x0112, 1
+
+OPAQUE = 255
+WHITE, OVER_WHITE = (255, 255, 255, OPAQUE), 'alpha over white'
+SIXTEEN_BIT = ('I;16', 'I;16L', 'I;16B', 'I;16N', 'I')
+
+# Bicubic kernel: its parameter and its reach, as in Pillow and in torch's `antialias`.
+CUBIC, REACH = -0.5, 2.0
+
+# Output pixels of one matrix product, and rows of a photograph resized at once: all of
+# it stays in the processor's cache, and no copy of a large photograph is made.
+BLOCK, BAND = 16, 64
+
+
+class UnreadableError(ValueError):
+    """Says in one line, without the file's name, why there are no pixels to score."""
+
+
+class Photograph(NamedTuple):
+    """What was in a file.
+
+    Attributes:
+        image: RGB, eight bits, upright.
+        width, height: in pixels, upright.
+        format: Pillow's name of the file format, for instance `JPEG`.
+        notes: what had to be done to get there, for instance `alpha over white`.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    format: str
+    notes: tuple[str, ...]
+
+
+def read_photograph(
+    source: str | Path | BinaryIO, *, max_pixels: int = MAX_PIXELS
+) -> Photograph:
+    """Read an image file of any kind that Pillow knows.
+
+    Of several frames the first is taken, transparency is laid over white, CMYK and
+    palettes become RGB, 16 bits become 8, EXIF's rotation is carried out. Colour
+    profiles are ignored, as everywhere in this field.
+
+    Args:
+        source: a path, or an open binary file.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        UnreadableError: if there is nothing to score, with the reason.
+    """
+    try:
+        with _opened(source) as image:
+            return _decoded(image, max_pixels)
+    except UnreadableError:
+        raise
+    except Exception as error:  # damaged files raise whatever the decoder stumbled on
+        raise UnreadableError(_reason(source, error)) from error
+
+
+def _opened(source: str | Path | BinaryIO) -> Image.Image:
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if path.is_dir():
+            raise UnreadableError('a folder')
+        if path.stat().st_size == 0:
+            raise UnreadableError('the file is empty')
+    return Image.open(source)
+
+
+def _reason(source: str | Path | BinaryIO, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return 'no such file'
+    if isinstance(error, PermissionError):
+        return 'no permission to read it'
+    if isinstance(error, UnidentifiedImageError):
+        return 'not an image'
+    if isinstance(error, (Image.DecompressionBombError, MemoryError)):
+        return 'too large'
+    text = ' '.join(str(error).split())
+    if 'truncated' in text.lower():
+        return f'truncated: {text}'
+    return f'damaged: {type(error).__name__}: {text}' if text else 'damaged'
+
+
+def _decoded(image: Image.Image, max_pixels: int) -> Photograph:
+    if image.width * image.height > max_pixels:
+        raise UnreadableError(
+            f'too large: {image.width} x {image.height} pixels, more than '
+            f'{max_pixels / 1e6:g} megapixels'
+        )
+    notes = []
+    file_format = image.format or '?'
+    if getattr(image, 'is_animated', False):
+        notes.append('first frame')
+    image.load()
+    if image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
+        image = ImageOps.exif_transpose(image)
+        notes.append('rotated by EXIF')
+    image, note = _rgb(image)
+    notes += [note] if note else []
+    return Photograph(image, image.width, image.height, file_format, tuple(notes))
+
+
+def _rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """The image as RGB, and what had to be done for it."""
+    if image.mode == 'RGB' and 'transparency' not in image.info:
+        return image, ''
+    if image.mode in SIXTEEN_BIT:
+        values = np.asarray(image).astype(np.float32) / 257
+        gray = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        return gray.convert('RGB'), '16 bit'
+    if image.mode == 'F':
+        raise UnreadableError('floating-point pixels, whose range is unknown')
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        if np.asarray(image.getchannel('A')).min() < OPAQUE:
+            white = Image.new('RGBA', image.size, WHITE)
+            return Image.alpha_composite(white, image).convert('RGB'), OVER_WHITE
+    note = image.mode if image.mode in ('CMYK', 'LAB', 'HSV') else ''
+    return image.convert('RGB'), note
+
+
+def squares(image: Image.Image, size: int, *, crops: int = 0) -> np.ndarray:
+    """What a network with this input size looks at.
+
+    Args:
+        image: RGB.
+        size: side of the squares in pixels.
+        crops: squares of the photograph as it is, beside the whole of it.
+
+    Returns:
+        float32 (1 + K, 3, size, size) in [0, 1]: first the central square of the whole,
+        its shorter side resized (as `preprocessing.resize_and_crop`), then K native
+        crops (as `preprocessing.native_crops`): `crops` of them, or none where one
+        square fills the photograph.
+    """
+    views = [_whole(image, size)]
+    side = min(size, *image.size)
+    if not side == image.width == image.height:
+        for top, left in crop_corners(image.height, image.width, side, crops):
+            crop = image.crop((left, top, left + side, top + side))
+            views.append(_whole(crop, size))
+    return np.stack(views)
+
+
+def _whole(image: Image.Image, size: int) -> np.ndarray:
+    """float32 (3, size, size) in [0, 1]."""
+    rows, columns = strip_shape(image.height, image.width)
+    if (rows, columns) != (image.height, image.width):
+        top, left = centre(image.height, rows), centre(image.width, columns)
+        image = image.crop((left, top, left + columns, top + rows))
+    if min(rows, columns) == size:
+        top, left = centre(rows, size), centre(columns, size)
+        image = image.crop((left, top, left + size, top + size))
+        pixels = np.asarray(image).astype(np.float32) / 255
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    height, width = resized_shape(rows, columns, size)
+    along_rows = _Resampling(columns, width, centre(width, size), size)
+    along_columns = _Resampling(rows, height, centre(height, size), size)
+    first, last = along_columns.start, along_columns.stop
+    narrow = np.empty((last - first, 3, size), np.float32)
+    for top in range(first, last, BAND):
+        bottom = min(top + BAND, last)
+        band = _planes(image.crop((along_rows.start, top, along_rows.stop, bottom)))
+        narrow[top - first : bottom - first] = along_rows(band)
+    pixels = along_columns(narrow.reshape(last - first, -1).T).T
+    return np.ascontiguousarray(pixels.reshape(size, 3, size).transpose(1, 0, 2))
+
+
+def _planes(image: Image.Image) -> np.ndarray:
+    """float32 (H, 3, W) in [0, 1]."""
+    planes = np.empty((image.height, 3, image.width), np.float32)
+    for number, channel in enumerate(image.split()):
+        np.divide(np.asarray(channel), np.float32(255), out=planes[:, number])
+    return planes
+
+
+class _Resampling:
+    """A bicubic resize along one side, of which some pixels are wanted.
+
+    Args:
+        old: pixels of the side before.
+        new: pixels after.
+        first: the first pixel of the result that is wanted.
+        count: how many are wanted.
+
+    Attributes:
+        start, stop: the pixels before that decide these.
+    """
+
+    def __init__(self, old: int, new: int, first: int, count: int) -> None:
+        self.count = count
+        scale = max(old / new, 1)
+        centres = (np.arange(first, first + count) + 0.5) * (old / new)
+        begin = np.maximum((centres - REACH * scale + 0.5).astype(int), 0)
+        end = np.minimum((centres + REACH * scale + 0.5).astype(int), old)
+        self.start, self.stop = int(begin[0]), int(end[-1])
+        pixels = np.arange(self.start, self.stop)
+        self.blocks = []
+        for number in range(0, count, BLOCK):
+            out = slice(number, min(number + BLOCK, count))
+            used = slice(begin[out][0] - self.start, end[out][-1] - self.start)
+            at = pixels[used, None]
+            weights = _cubic((at - centres[out] + 0.5) / scale)
+            weights *= (at >= begin[out]) & (at < end[out])
+            weights /= weights.sum(0)
+            self.blocks.append((out, used, weights.astype(np.float32)))
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """float32 (..., stop - start) in [0, 1] -> (..., count) in [0, 1]."""
+        lines = values.reshape(-1, values.shape[-1])
+        result = np.empty((len(lines), self.count), np.float32)
+        for out, used, weights in self.blocks:
+            result[:, out] = lines[:, used] @ weights
+        return result.clip(0, 1, out=result).reshape(*values.shape[:-1], self.count)
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+    """The bicubic kernel at distances x, in pixels."""
+    x = np.abs(x)
+    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * CUBIC
+    return np.where(x < 1, near, np.where(x < REACH, far, 0))
