@@ -19,7 +19,7 @@ SUBCOMMANDS = {
     'score': ('scoring.command', 'score photographs: files, folders, lists'),
     'report': ('report.command', 'one page with all results of a run, or of two'),
     'compare': ('compare', 'do two folders or runs differ, and how surely?'),
-    'export': ('export', 'write a metric as ONNX, for servers and phones'),
+    'export': ('export.command', 'write a metric as ONNX, for servers and phones'),
     'models': ('models', 'the metrics, their weights and where they come from'),
     'doctor': ('doctor', 'versions, hook, weights, devices: for a bug report'),
 }

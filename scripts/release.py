@@ -33,6 +33,7 @@ import torch
 import yaml
 
 from pyiqa_clipkd.experiment import recorded_command
+from pyiqa_clipkd.export import write_graph
 from pyiqa_clipkd.files import file_hash, written_whole
 from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.metric import CLIPKDMetric
@@ -334,7 +335,7 @@ class Release:
         in_order(tasks, self.args.jobs)
 
     def write(self) -> None:
-        """The table of all metrics, and from its rows their cards."""
+        """The table of all metrics, and from its rows their cards; ONNX graphs."""
         files = {name: self.file(name, self.first) for name in self.metrics}
         times = milliseconds(files)
         rows = []
@@ -350,6 +351,7 @@ class Release:
             card = model_card(path, read_weights(path).metadata, measured(rows[-1]))
             with written_whole(path.with_suffix('.md')) as unfinished:
                 unfinished.write_text(card, encoding='utf-8')
+            write_graph(name, path.parent)
         table = pd.DataFrame(rows)
         table.to_csv(self.args.results / 'release.csv', index=False)
         shown = ['metric', 'megabytes', 'srcc_median', 'right_order', 'milliseconds']

@@ -25,6 +25,7 @@ from training_data import (
 
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.network import CLIPKDStudent, load_network
+from pyiqa_clipkd.runtime import Runtime
 from pyiqa_clipkd.weights import read_weights
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'release.py'
@@ -155,6 +156,7 @@ def test_one_command_makes_a_metric_with_its_card_and_does_nothing_twice(
     finished(start(tmp_path, *release, '--jobs', '2'))
     weights = tmp_path / 'bundled' / f'{NAME}.safetensors'
     assert load_network(weights).config['encoder'] == ENCODER
+    assert Runtime(weights.with_suffix('.onnx')).sha256 == file_hash(weights)
     card = weights.with_suffix('.md').read_text()
     assert file_hash(weights) in card
     for row in (

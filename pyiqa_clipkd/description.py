@@ -1,0 +1,61 @@
+"""What an exported model says of itself: numpy-free, torch-free, for both sides."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+ONNX = '.onnx'
+
+# Key of the JSON text among the metadata of an ONNX file, and its name in a .pt2 file.
+KEY = 'pyiqa_clipkd'
+
+# What a model takes. Squares: float32 (N, 3, S, S) in [0, 1], resized by the caller.
+# Photographs: uint8 (N, H, W, 3) RGB of any size, resized inside.
+SQUARES, PHOTOGRAPHS = 'squares', 'photographs'
+FORMS = (PHOTOGRAPHS, SQUARES)
+INPUT_NAMES = {SQUARES: 'squares', PHOTOGRAPHS: 'image'}
+OUTPUT_NAMES = ('score', 'probabilities')
+
+
+class Description(NamedTuple):
+    """A model's description of itself.
+
+    Attributes:
+        metric: name of the metric, or empty.
+        input: `squares` or `photographs`.
+        input_size: side in pixels of the square that the encoder sees.
+        levels: words for quality, worst first.
+        weights: name of the weight file it was made of, or empty.
+        sha256: of that file, 64 digits, or empty.
+        precision: `float32`, `float16`, `int8`, or `external`: the weights are not in
+            the model but in the weight file, which must lie beside it.
+        version: of our package when it was made.
+    """
+
+    metric: str
+    input: str
+    input_size: int
+    levels: tuple[str, ...]
+    weights: str
+    sha256: str
+    precision: str
+    version: str
+
+    def encode(self) -> str:
+        """As JSON text."""
+        return json.dumps(self._asdict())
+
+    @classmethod
+    def decode(cls, text: str) -> Description:
+        """The inverse of `encode`.
+
+        Raises:
+            ValueError: if it is no such text.
+        """
+        try:
+            values = json.loads(text)
+            values['levels'] = tuple(values['levels'])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'no description of a model: {error}') from error

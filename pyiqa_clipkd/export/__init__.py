@@ -1,0 +1,190 @@
+"""A metric as one file for other runtimes: ONNX, or a program of `torch.export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pyiqa_clipkd import __version__
+from pyiqa_clipkd.description import (
+    FORMS,
+    KEY,
+    ONNX,
+    PHOTOGRAPHS,
+    SQUARES,
+    Description,
+)
+from pyiqa_clipkd.export.check import check_photographs, model_input
+from pyiqa_clipkd.export.graph import (
+    DTYPES,
+    point_to_weights,
+    quantize,
+    read_header,
+    to_onnx,
+    without_traces,
+)
+from pyiqa_clipkd.export.network import half, traced, traced_without_weights
+from pyiqa_clipkd.files import file_hash, written_whole
+from pyiqa_clipkd.locations import find_weights
+from pyiqa_clipkd.metric import CLIPKDMetric
+from pyiqa_clipkd.names import SUFFIX
+from pyiqa_clipkd.network import QualityNetwork
+
+TORCH = '.pt2'
+PRECISIONS = ('float32', 'float16', 'int8')
+EXTERNAL = 'external'
+
+# Photographs that set the ranges of eight-bit values. They are not measured on.
+CALIBRATION = 32
+
+
+class _Source(NamedTuple):
+    network: QualityNetwork
+    metric: str
+    weights: Path | None
+
+    def describe(self, form: str, precision: str) -> Description:
+        config = self.network.config
+        return Description(
+            metric=self.metric,
+            input=form,
+            input_size=self.network.preprocessing.input_size,
+            levels=tuple(config['levels']),
+            weights=self.weights.name if self.weights else '',
+            sha256=file_hash(self.weights) if self.weights else '',
+            precision=precision,
+            version=__version__,
+        )
+
+
+def export(
+    metric: str | QualityNetwork,
+    path: str | Path,
+    *,
+    weights: str | Path | None = None,
+    form: str = PHOTOGRAPHS,
+    precision: str = 'float32',
+    photographs: Sequence[Path] | None = None,
+) -> Path:
+    """Write a metric as an ONNX model, or as a program of `torch.export`.
+
+    Preprocessing and head are inside. Outputs are `score` (N,), in [1, 5], higher is
+    better, and `probabilities` (N, L) of the levels, worst first (none of a regression
+    head). N is free. An ONNX model has a description of itself in its metadata under
+    `pyiqa_clipkd`, as JSON.
+
+    Args:
+        metric: its name, or a network without crops.
+        path: ends with `.onnx` or `.pt2` (float32 only). Written whole or not at all.
+        weights: a weight file to use instead of the metric's own.
+        form: `photographs` takes `image`, uint8 RGB (N, H, W, 3) of any height and
+            width; `squares` takes `squares`, float32 (N, 3, S, S) in [0, 1], resized by
+            the caller (`pyiqa_clipkd.images.squares`).
+        precision: of the encoder; the rest is float32. `int8` loses accuracy, how much
+            depends on the network: measure it (`export.check.differences`).
+        photographs: files that set the ranges of `int8`; by default those that ship
+            with scikit-image.
+
+    Raises:
+        ValueError: if an argument is none of those.
+        FileNotFoundError: if there are no weights.
+        ImportError: if a package for ONNX is missing.
+    """
+    path = Path(path).expanduser()
+    _check_arguments(path, form, precision)
+    source = _load(metric, weights)
+    description = source.describe(form, precision)
+    network = half(source.network) if precision == 'float16' else source.network
+    program = traced(network, form)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        if path.suffix == TORCH:
+            with partial.open('wb') as file:
+                notes = {KEY: description.encode()}
+                torch.export.save(program, file, extra_files=notes)
+            return path
+        model = to_onnx(program, description)
+        if precision == 'int8':
+            files = photographs or check_photographs()
+            inputs = [model_input(file, description) for file in files[:CALIBRATION]]
+            quantize(model, inputs, partial)
+        else:
+            partial.write_bytes(without_traces(model).SerializeToString())
+    return path
+
+
+def _check_arguments(path: Path, form: str, precision: str) -> None:
+    for name, value, allowed in (
+        ('form', form, FORMS),
+        ('precision', precision, PRECISIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f'`{name}` must be one of {allowed}, but got {value!r}.')
+    if path.suffix not in (ONNX, TORCH):
+        raise ValueError(
+            f'`path` must end with {ONNX} or {TORCH}, but got {str(path)!r}.'
+        )
+    if path.suffix == TORCH and precision != 'float32':
+        raise ValueError(
+            f'`precision` of a {TORCH} file must be float32, but got {precision!r}: '
+            f'take {ONNX}.'
+        )
+    if path.suffix == ONNX:
+        _check_packages()
+
+
+def _check_packages() -> None:
+    missing = [n for n in ('onnx', 'onnxscript', 'onnxruntime') if not find_spec(n)]
+    if missing:
+        raise ImportError(
+            f'Export to ONNX needs {", ".join(missing)}: '
+            "pip install 'pyiqa-clipkd[export]'"
+        )
+
+
+def _load(metric: str | QualityNetwork, weights: str | Path | None) -> _Source:
+    if isinstance(metric, QualityNetwork):
+        if metric.crops:
+            raise ValueError(
+                f'The network must have no crops, but has {metric.crops}: an exported '
+                'model scores one view; crops are the business of its caller.'
+            )
+        return _Source(metric.eval(), '', None)
+    network = CLIPKDMetric(metric, pretrained_model_path=weights)
+    return _Source(network, metric, find_weights(metric, weights))
+
+
+def write_graph(metric: str, folder: str | Path) -> Path:
+    """Write `METRIC.onnx` beside `METRIC.safetensors`, whose tensors it reads.
+
+    The model takes squares. It has no weights of its own and works in that folder only.
+
+    Raises:
+        FileNotFoundError: if the weight file isn't there.
+        ImportError: if a package for ONNX is missing.
+    """
+    from safetensors.torch import load_file
+
+    _check_packages()
+    weights = Path(folder) / f'{metric}{SUFFIX}'
+    source = _load(metric, weights)
+    header, _ = read_header(weights)
+    stored = {
+        name: tensor
+        for name, tensor in load_file(weights).items()
+        if header[name]['dtype'] in DTYPES
+    }
+    model = to_onnx(
+        traced_without_weights(source.network, stored),
+        source.describe(SQUARES, EXTERNAL),
+        further_inputs=tuple(stored),
+    )
+    path = weights.with_suffix(ONNX)
+    with written_whole(path) as partial:
+        model = point_to_weights(without_traces(model), weights)
+        partial.write_bytes(model.SerializeToString())
+    return path

@@ -1,0 +1,245 @@
+"""Scores without torch: numpy, Pillow and onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pyiqa_clipkd.description import (
+    INPUT_NAMES,
+    KEY,
+    ONNX,
+    PHOTOGRAPHS,
+    SQUARES,
+    Description,
+)
+from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.images import read_photograph, squares
+from pyiqa_clipkd.locations import BUNDLED_FOLDER
+from pyiqa_clipkd.names import HIGHEST, LOWEST, SUFFIX, weights_folder
+
+DEFAULT = 'clipkd_efficientnet_lite'
+
+
+class Score(NamedTuple):
+    """What the runtime says of one photograph.
+
+    Attributes:
+        score: in [1, 5], higher is better.
+        score_100: the same in [0, 100].
+        level: the word nearest to the score.
+        probabilities: of each level, worst first; empty of a model without them.
+    """
+
+    score: float
+    score_100: float
+    level: str
+    probabilities: dict[str, float]
+
+
+class Runtime:
+    """A metric in onnxruntime. Threads may share it.
+
+    Args:
+        model: name of a metric, or the path of a file that `pyiqa-clipkd export` wrote.
+            A name is looked for in the user's weights folder, then in the package.
+        threads: of onnxruntime for one call; by default one a core.
+        providers: of onnxruntime, in order of preference; by default its CPU's.
+
+    Attributes:
+        name: `onnx`.
+        metric: the metric's name; empty of a model made of a network without one.
+        weights, sha256: name and SHA-256 of the weight file that the model was made of.
+        levels: words for quality, worst first.
+        input_size: side in pixels of the squares that the network sees.
+        description: all that the model says of itself.
+
+    Raises:
+        ImportError: if onnxruntime is missing.
+        FileNotFoundError: if there is no such model.
+        ValueError: if the file is none of ours, or belongs to other weights.
+    """
+
+    name = 'onnx'
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+    ) -> None:
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(
+                f'`threads` must be a whole number >= 1, but got {threads!r}.'
+            )
+        self.path = find_model(model)
+        self._session = _session(self.path, threads, providers)
+        self.description = _describe(self._session, self.path)
+        self.metric = self.description.metric
+        self.weights = self.description.weights
+        self.sha256 = self.description.sha256
+        self.levels = self.description.levels
+        self.input_size = self.description.input_size
+
+    def __call__(self, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Score squares.
+
+        Args:
+            squares: float32 (N, 3, S, S) in [0, 1], S = `input_size`, as
+                `images.squares` makes them.
+
+        Returns:
+            score (N,) in [1, 5] and probabilities (N, L); `None` of a regression head.
+
+        Raises:
+            ValueError: if the array has another type or shape, or the model takes
+                photographs.
+        """
+        if self.description.input != SQUARES:
+            raise ValueError(
+                f'{self.path.name} takes whole photographs: use `score`, or export it '
+                'with `--input squares`.'
+            )
+        side = self.input_size
+        if squares.dtype != np.float32 or squares.shape[1:] != (3, side, side):
+            raise ValueError(
+                f'`squares` must be float32 of the shape (N, 3, {side}, {side}), but '
+                f'got {squares.dtype} {squares.shape}: make them with '
+                '`pyiqa_clipkd.images.squares`.'
+            )
+        return self._run(squares)
+
+    def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        name = INPUT_NAMES[self.description.input]
+        score, *probabilities = self._session.run(None, {name: batch})
+        return score, probabilities[0] if probabilities else None
+
+    def score(
+        self, source: str | Path | BinaryIO | Image.Image, crops: int = 0
+    ) -> Score:
+        """Score one photograph.
+
+        Args:
+            source: a path, an open binary file, or an image of Pillow.
+            crops: squares at the photograph's own resolution that are scored beside
+                the whole; the score is the mean.
+
+        Raises:
+            UnreadableError: if there are no pixels to score.
+            ValueError: if `crops` is none of the model's abilities.
+        """
+        if type(crops) is not int or crops < 0:
+            raise ValueError(f'`crops` must be a whole number >= 0, but got {crops!r}.')
+        if isinstance(source, Image.Image):
+            image = source.convert('RGB')
+        else:
+            image = read_photograph(source).image
+        if self.description.input == PHOTOGRAPHS:
+            if crops:
+                raise ValueError(
+                    f'{self.path.name} takes whole photographs only, so `crops` must '
+                    f'be 0, but got {crops}: export it with `--input squares`.'
+                )
+            scores, probabilities = self._run(np.asarray(image)[None])
+        else:
+            views = squares(image, self.input_size, crops=crops)
+            scores, probabilities = self._run(views)
+        return self._of_views(scores, probabilities)
+
+    def _of_views(self, scores: np.ndarray, probabilities: np.ndarray | None) -> Score:
+        """The mean over a photograph's views."""
+        score = float(scores.mean(dtype=np.float64))
+        share = (score - LOWEST) / (HIGHEST - LOWEST)
+        level = self.levels[round(share * (len(self.levels) - 1))]
+        named = {}
+        if probabilities is not None:
+            means = probabilities.mean(0, dtype=np.float64).tolist()
+            named = dict(zip(self.levels, means, strict=True))
+        return Score(score, 100 * share, level, named)
+
+
+def find_model(model: str | Path) -> Path:
+    """The ONNX file of a metric's name, or the path that was given.
+
+    Raises:
+        FileNotFoundError: if there is none, with what to do.
+    """
+    if isinstance(model, Path) or model.endswith(ONNX):
+        path = Path(model).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f'There is no model {path}.')
+        return path
+    own, bundled = (
+        Path(f) / f'{model}{ONNX}' for f in (weights_folder(), BUNDLED_FOLDER)
+    )
+    if own.is_file():
+        return own
+    export = f'pyiqa-clipkd export -m {model} {own} --input squares'
+    if own.with_suffix(SUFFIX).is_file():
+        raise FileNotFoundError(
+            f'{model} has weights of your own, {own.with_suffix(SUFFIX)}, but no ONNX '
+            f'model of them. Where torch is installed, make one: {export}'
+        )
+    if bundled.is_file():
+        return bundled
+    known = ', '.join(sorted(p.stem for p in BUNDLED_FOLDER.glob(f'*{ONNX}')))
+    raise FileNotFoundError(
+        f'There is no ONNX model of {model}: neither {own} nor one in the package, '
+        f'which has {known}. Where torch and its weights are, make one: {export}'
+    )
+
+
+def _session(path: Path, threads: int | None, providers: Sequence[str] | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            'Scores without torch need onnxruntime: pip install onnxruntime'
+        ) from error
+    providers = list(providers or ['CPUExecutionProvider'])
+    known = onnxruntime.get_available_providers()
+    if unknown := [name for name in providers if name not in known]:
+        raise ValueError(
+            f'`providers` must be some of {known}, but got {unknown}: they come with '
+            'other builds of onnxruntime.'
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; its warnings are about its own fusions
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # its errors have no common class
+        raise ValueError(
+            f'{path} is damaged, is no ONNX model, or its weight file is missing '
+            f'beside it ({error}).'
+        ) from error
+
+
+def _describe(session: Any, path: Path) -> Description:
+    """What the model says of itself, if the weights beside it are its own."""
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    if text is None:
+        raise ValueError(
+            f'{path} was not written by `pyiqa-clipkd export`: it does not say what it '
+            'takes and gives.'
+        )
+    try:
+        description = Description.decode(text)
+    except ValueError as error:
+        raise ValueError(f'{path} has {error}.') from error
+    weights = path.with_name(description.weights or path.name)
+    if weights != path and weights.is_file():
+        found = file_hash(weights)
+        if found != description.sha256:
+            raise ValueError(
+                f'{path.name} was made of other weights (SHA-256 '
+                f'{description.sha256[:16]}) than {weights} ({found[:16]}): export it '
+                'again.'
+            )
+    return description
