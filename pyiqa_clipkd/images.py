@@ -17,8 +17,11 @@ from pyiqa_clipkd.geometry import centre, crop_corners, resized_shape, strip_sha
 # Pillow refuses larger ones by default; see PIL.Image.MAX_IMAGE_PIXELS.
 MAX_PIXELS = 178_000_000
 
-# The orientation in a photograph's EXIF, and its value for one that is upright.
-ORIENTATION, UPRIGHT = 0x0112, 1
+# The orientation in a photograph's EXIF, and its values for one that is upright or not.
+ORIENTATION, UPRIGHT, ROTATED = 0x0112, 1, range(2, 9)
+
+# Formats that Pillow would hand to an interpreter: nothing for strangers' files.
+PROGRAMS = ('EPS',)
 
 OPAQUE = 255
 WHITE, OVER_WHITE = (255, 255, 255, OPAQUE), 'alpha over white'
@@ -104,6 +107,8 @@ def _reason(source: str | Path | BinaryIO, error: Exception) -> str:
 
 
 def _decoded(image: Image.Image, max_pixels: int) -> Photograph:
+    if image.format in PROGRAMS:
+        raise UnreadableError(f'{image.format} is a program, not pixels')
     if image.width * image.height > max_pixels:
         raise UnreadableError(
             f'too large: {image.width} x {image.height} pixels, more than '
@@ -113,13 +118,18 @@ def _decoded(image: Image.Image, max_pixels: int) -> Photograph:
     file_format = image.format or '?'
     if getattr(image, 'is_animated', False):
         notes.append('first frame')
+    rotated = _is_rotated(image)  # of a TIFF that loading turns upright by itself
     image.load()
-    if image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
-        image = ImageOps.exif_transpose(image)
-        notes.append('rotated by EXIF')
+    if _is_rotated(image):
+        image, rotated = ImageOps.exif_transpose(image), True
+    notes += ['rotated by EXIF'] if rotated else []
     image, note = _rgb(image)
     notes += [note] if note else []
     return Photograph(image, image.width, image.height, file_format, tuple(notes))
+
+
+def _is_rotated(image: Image.Image) -> bool:
+    return image.getexif().get(ORIENTATION, UPRIGHT) in ROTATED
 
 
 def _rgb(image: Image.Image) -> tuple[Image.Image, str]:
