@@ -1,0 +1,1 @@
+"""Scores for any number of files: `pyiqa-clipkd score`, and what it is made of."""

@@ -1,0 +1,246 @@
+"""What runs the network: torch, or onnxruntime without torch."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.locations import find_weights
+from pyiqa_clipkd.names import METRICS, user_names
+
+KINDS = ('auto', 'torch', 'onnx')
+DEVICES = ('auto', 'cpu', 'cuda', 'mps')
+ONNX_SUFFIX = '.onnx'
+
+# Squares at once on a GPU. A CPU is fastest with one a thread: what a layer gives stays
+# in the cache for the next one.
+GPU_BATCH = 16
+
+
+class Backend(Protocol):
+    """A metric that is ready to score; may be called from several threads.
+
+    Attributes:
+        metric: its name.
+        weights, sha256: name and SHA-256 of its file.
+        levels: words from worst to best.
+        input_size: side of the squares in pixels.
+        name: `torch` or `onnx`.
+    """
+
+    @property
+    def metric(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def levels(self) -> Sequence[str]: ...
+    @property
+    def input_size(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, squares: np.ndarray, /) -> tuple[np.ndarray, np.ndarray | None]:
+        """float32 (N, 3, S, S) in [0, 1] -> score (N,) in [1, 5], probabilities (N, L).
+
+        Regression heads have no probabilities.
+        """
+        ...
+
+
+class TorchBackend:
+    """A metric in torch: every network, also on a GPU.
+
+    Args:
+        metric: its name.
+        device: `cpu`, `cuda` or `mps`.
+        threads: processor threads of one forward pass; for all of this process.
+        weights: a file to use instead of the metric's own.
+        input_size: side of the squares, instead of that of the training.
+    """
+
+    name = 'torch'
+
+    def __init__(
+        self,
+        metric: str,
+        *,
+        device: str = 'cpu',
+        threads: int | None = None,
+        weights: Path | None = None,
+        input_size: int | None = None,
+    ) -> None:
+        import torch
+
+        from pyiqa_clipkd.metric import CLIPKDMetric
+        from pyiqa_clipkd.weights import tensors_hash
+
+        changes: dict[str, Any] = (
+            {} if input_size is None else {'input_size': input_size}
+        )
+        network = CLIPKDMetric(metric, pretrained_model_path=weights, **changes)
+        path = find_weights(metric, weights)
+        self.metric = metric
+        # Those of CLIP itself come from the cache of open_clip.
+        self.weights = path.name if path else 'open_clip'
+        self.sha256 = file_hash(path) if path else tensors_hash(network.state_dict())
+        self.levels = tuple(network.config['levels'])
+        self.input_size = network.preprocessing.input_size
+        self.batch_size = 1 if device == 'cpu' else GPU_BATCH
+        self.device = device
+        torch.set_num_threads(threads or 1)
+        network = network.requires_grad_(False).to(device)
+        self.network = network.to(memory_format=torch.channels_last)
+
+    def __call__(self, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        import torch
+
+        with torch.inference_mode():
+            images = torch.from_numpy(squares).to(self.device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            output = self.network(images, return_details=True)
+            scores = output.score[:, 0].cpu().numpy()
+            if output.probabilities is None:
+                return scores, None
+            return scores, output.probabilities.cpu().numpy()
+
+
+def create_backend(
+    metric: str,
+    *,
+    kind: str = 'auto',
+    device: str = 'auto',
+    threads: int | None = None,
+    weights: Path | None = None,
+    input_size: int | None = None,
+) -> Backend:
+    """Make a metric ready to score.
+
+    Args:
+        metric: its name, for instance `clipkd_efficientnet_lite`.
+        kind: `torch`, `onnx`, or `auto`: onnxruntime on a processor, where it is
+            installed and the metric has a graph for it, and else torch.
+        device: `cpu`, `cuda`, `mps`, or `auto`: the best that is there.
+        threads: processor threads of one forward pass; by default 1, for several
+            photographs are scored at a time.
+        weights: a file to use instead of the metric's own; .onnx needs no torch.
+        input_size: side of the squares; torch only.
+
+    Raises:
+        ValueError: if an argument is wrong, or two don't fit together.
+        FileNotFoundError: if there are no weights.
+        ModuleNotFoundError: if the library isn't installed.
+    """
+    _check(metric, kind, device, weights)
+    is_graph = weights is not None and weights.suffix.lower() == ONNX_SUFFIX
+    if kind == 'onnx' or is_graph:
+        _check_onnx(kind, device, input_size)
+        return _onnx(str(weights) if weights else metric, threads)
+    graph_fits = kind == 'auto' and weights is None and input_size is None
+    if graph_fits and find_spec('onnxruntime') and resolve_device(device) == 'cpu':
+        try:
+            return _onnx(metric, threads)
+        except FileNotFoundError:  # no graph of it: torch has its weights
+            if find_spec('torch') is None:
+                raise
+    if find_spec('torch') is None:
+        raise ModuleNotFoundError(
+            'torch is not installed: `pip install torch timm`, or `pip install '
+            'onnxruntime` and leave out --backend, --input-size and --weights.'
+        )
+    return TorchBackend(
+        metric,
+        device=resolve_device(device),
+        threads=threads,
+        weights=weights,
+        input_size=input_size,
+    )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes `cuda`, `mps` or `cpu`; torch is only asked if there may be a GPU.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    if device == 'cpu' or (device == 'auto' and not _may_have_gpu()):
+        return 'cpu'
+    if find_spec('torch') is None:
+        if device == 'auto':
+            return 'cpu'
+        raise ModuleNotFoundError(
+            f'`device` {device} needs torch: `pip install torch`.'
+        )
+    import torch
+
+    there = {
+        'cuda': torch.cuda.is_available(),
+        'mps': torch.backends.mps.is_available(),
+        'cpu': True,
+    }
+    if device == 'auto':
+        return next(name for name, available in there.items() if available)
+    if not there[device]:
+        raise ValueError(f'`device` is {device}, but torch finds none here.')
+    return device
+
+
+def _may_have_gpu() -> bool:
+    if sys.platform == 'darwin':
+        return platform.machine() == 'arm64'
+    if sys.platform == 'win32':
+        return shutil.which('nvidia-smi') is not None
+    return bool([*Path('/dev').glob('nvidia[0-9]*'), *Path('/dev').glob('dxg')])
+
+
+def _check(metric: str, kind: str, device: str, weights: Path | None) -> None:
+    for name, value, allowed in (('kind', kind, KINDS), ('device', device, DEVICES)):
+        if value not in allowed:
+            raise ValueError(
+                f'`{name}` must be one of {", ".join(allowed)}, but got {value!r}.'
+            )
+    if weights is not None and not weights.is_file():
+        raise FileNotFoundError(f'There is no weight file {weights}.')
+    names = [*METRICS, *user_names()]
+    if metric not in names:
+        close = get_close_matches(metric, names, 1)
+        hint = (
+            f'did you mean {close[0]}?' if close else f'there are {", ".join(names)}.'
+        )
+        raise ValueError(f'There is no metric {metric!r}: {hint}')
+
+
+def _check_onnx(kind: str, device: str, input_size: int | None) -> None:
+    if kind == 'torch':
+        raise ValueError('An .onnx file needs --backend onnx or auto.')
+    if device not in ('auto', 'cpu'):
+        raise ValueError(f'`device` {device} needs --backend torch.')
+    if input_size is not None:
+        raise ValueError('`input_size` of an ONNX graph is fixed: use --backend torch.')
+
+
+def _onnx(model: str, threads: int | None) -> Backend:
+    if find_spec('onnxruntime') is None:
+        raise ModuleNotFoundError(
+            'onnxruntime is not installed: `pip install onnxruntime`.'
+        )
+    from pyiqa_clipkd.description import SQUARES
+    from pyiqa_clipkd.runtime import Runtime
+
+    runtime = Runtime(model, threads=threads or 1)
+    if runtime.description.input != SQUARES:
+        raise ValueError(
+            f'{runtime.path} takes whole photographs, for servers without Pillow: '
+            'export it with `--input squares`.'
+        )
+    return runtime

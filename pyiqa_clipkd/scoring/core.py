@@ -1,0 +1,288 @@
+"""The engine: photographs in, a row for each out, in the same order."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from pyiqa_clipkd.images import (
+    MAX_PIXELS,
+    ORIENTATION,
+    UPRIGHT,
+    UnreadableError,
+    read_photograph,
+    squares,
+)
+from pyiqa_clipkd.names import HIGHEST, LOWEST
+from pyiqa_clipkd.scoring.backends import Backend
+from pyiqa_clipkd.scoring.tables import PROBABILITY, Row, columns
+
+# Bytes of decoded photographs that all workers together hold at a time: two upright
+# JPEGs of 48 megapixels. A single larger one is decoded alone.
+MEMORY = 400_000_000
+
+# Bytes a pixel: Pillow's RGB, and what it takes at most to get there from elsewhere.
+RGB_BYTES, OTHER_BYTES = 4, 12
+
+# Digits after the point of what is written; scores are good for five.
+DIGITS = 6
+
+# First digits of the weights' SHA-256 that a row has.
+SHORT_HASH = 16
+
+T = TypeVar('T')
+R = TypeVar('R')
+
+
+def score_paths(
+    paths: Iterable[Path],
+    backend: Backend,
+    *,
+    crops: int = 0,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Row]:
+    """Score files, a few at a time, and go on after those that can't be read.
+
+    Whatever goes wrong with a file is in the `error` of its row. A score depends on its
+    photograph alone: not on the order, on `batch_size` (beyond 1e-5) or on `workers`.
+
+    Args:
+        paths: read as they're needed.
+        backend: see `create_backend`.
+        crops: squares at the photograph's own resolution, scored beside the whole; the
+            score is the mean.
+        batch_size: squares that the network sees at once; by default what suits the
+            backend. With 1 each worker also runs the network.
+        workers: threads that decode; by default one a processor core.
+        max_pixels: larger photographs are refused.
+
+    Yields:
+        A row with the keys of `columns` for each path, in their order.
+
+    Raises:
+        ValueError: if an option is out of its range, before a file is read.
+    """
+    if batch_size is None:
+        batch_size = getattr(backend, 'batch_size', 1)
+    workers = default_workers() if workers is None else workers
+    for name, value, least in (
+        ('crops', crops, 0),
+        ('batch_size', batch_size, 1),
+        ('workers', workers, 1),
+        ('max_pixels', max_pixels, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise ValueError(
+                f'`{name}` must be a whole number >= {least}, but got {value!r}.'
+            )
+    engine = _Engine(backend, crops, max_pixels)
+    if batch_size == 1:
+        return _in_order(engine.score, paths, workers, 4 * workers)
+    # What waits for its batch are squares, not whole photographs.
+    prepared = _in_order(engine.prepare, paths, workers, workers + batch_size)
+    return engine.score_batches(prepared, batch_size)
+
+
+def default_workers() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
+) -> Iterator[R]:
+    """`map` by threads that work at most `ahead` items ahead of what was taken."""
+    executor = ThreadPoolExecutor(workers)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) >= ahead or waiting[0].done():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also when nobody wants more: what has not begun never does
+        executor.shutdown(cancel_futures=True)
+
+
+class _Prepared(NamedTuple):
+    """A row without a score, and what to score: (1 + K, 3, S, S), or `None`."""
+
+    row: Row
+    squares: np.ndarray | None
+    seconds: float
+
+
+class _Engine:
+    """One photograph or one batch at a time; called from several threads."""
+
+    def __init__(self, backend: Backend, crops: int, max_pixels: int) -> None:
+        self.backend = backend
+        self.crops = crops
+        self.max_pixels = max_pixels
+        self.memory = _Allowance(MEMORY)
+        self.common = {
+            'metric': backend.metric,
+            'weights': backend.weights,
+            'sha256': backend.sha256[:SHORT_HASH],
+            'backend': backend.name,
+            'crops': crops,
+            'input_size': backend.input_size,
+        }
+
+    def score(self, path: Path) -> Row:
+        prepared = self.prepare(path)
+        self.add_scores([prepared])
+        return prepared.row
+
+    def prepare(self, path: Path) -> _Prepared:
+        start = time.perf_counter()
+        row: Row = dict.fromkeys(columns(self.backend.levels))
+        row |= self.common | {'path': str(path), 'level': '', 'format': ''}
+        row |= {'notes': '', 'error': ''}
+        pixels = None
+        try:
+            with self.memory.take(_decoded_bytes(path)):
+                photograph = read_photograph(path, max_pixels=self.max_pixels)
+                row['width'], row['height'] = photograph.width, photograph.height
+                row['format'] = photograph.format
+                row['notes'] = '; '.join(photograph.notes)
+                size = self.backend.input_size
+                pixels = squares(photograph.image, size, crops=self.crops)
+                del photograph
+        except Exception as error:
+            row['error'] = _reason(error)
+        return _Prepared(row, pixels, time.perf_counter() - start)
+
+    def score_batches(
+        self, prepared: Iterator[_Prepared], batch_size: int
+    ) -> Iterator[Row]:
+        for batch in _batches(prepared, batch_size):
+            self.add_scores(batch)
+            yield from (one.row for one in batch)
+
+    def add_scores(self, batch: Sequence[_Prepared]) -> None:
+        """Run the network, and write into the rows what comes out."""
+        start = time.perf_counter()
+        good = [one for one in batch if one.squares is not None]
+        try:
+            self._add_scores(good)
+        except Exception as error:
+            if len(good) > 1:  # one of them, or all at once were too many
+                for one in good:
+                    self.add_scores([one])
+                return
+            for one in good:
+                one.row['error'] = _reason(error)
+        share = (time.perf_counter() - start) / max(len(good), 1)
+        for one in batch:
+            seconds = one.seconds + (share if one.squares is not None else 0)
+            one.row['seconds'] = round(seconds, DIGITS)
+
+    def _add_scores(self, good: Sequence[_Prepared]) -> None:
+        if not good:
+            return
+        views = [one.squares for one in good if one.squares is not None]
+        scores, probabilities = self.backend(
+            views[0] if len(views) == 1 else np.concatenate(views)
+        )
+        if not np.isfinite(scores).all():
+            raise UnreadableError('the network gives no number for it')
+        begin = 0
+        for one, view in zip(good, views, strict=True):
+            own = slice(begin, begin := begin + len(view))
+            score = float(np.mean(scores[own], dtype=np.float64))
+            one.row.update(_described(score, self.backend.levels))
+            if probabilities is not None:
+                means = probabilities[own].mean(axis=0, dtype=np.float64).tolist()
+                for level, mean in zip(self.backend.levels, means, strict=True):
+                    one.row[PROBABILITY + level] = round(mean, DIGITS)
+
+
+def _batches(
+    prepared: Iterable[_Prepared], batch_size: int
+) -> Iterator[list[_Prepared]]:
+    """Photographs with at least `batch_size` squares together, except at the end."""
+    batch: list[_Prepared] = []
+    count = 0
+    for one in prepared:
+        batch.append(one)
+        count += 0 if one.squares is None else len(one.squares)
+        if count >= batch_size:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
+def _described(score: float, levels: Sequence[str]) -> dict[str, Any]:
+    share = (score - LOWEST) / (HIGHEST - LOWEST)
+    return {
+        'score': round(score, DIGITS),
+        'score_100': round(100 * share, DIGITS - 2),
+        'level': level_of(score, levels),
+    }
+
+
+def level_of(score: float, levels: Sequence[str]) -> str:
+    """The word that is nearest to a score; they lie evenly from 1 to 5."""
+    return levels[round((score - LOWEST) / (HIGHEST - LOWEST) * (len(levels) - 1))]
+
+
+def _reason(error: Exception) -> str:
+    """One line for a row."""
+    if isinstance(error, UnreadableError):
+        return str(error)
+    text = ' '.join(str(error).split())
+    return f'{type(error).__name__}: {text}' if text else type(error).__name__
+
+
+def _decoded_bytes(path: Path) -> int:
+    """About how much memory a photograph takes at most; by its header alone."""
+    if not path.is_file():  # a pipe would be waited for
+        return 0
+    try:
+        with Image.open(path) as image:
+            pixels = image.width * image.height
+            plain = image.mode == 'RGB'
+            if plain and image.format in ('JPEG', 'MPO'):  # others must be decoded
+                plain = image.getexif().get(ORIENTATION, UPRIGHT) == UPRIGHT
+    except Exception:  # whatever it is, `read_photograph` will say so
+        return 0
+    return pixels * (RGB_BYTES if plain else OTHER_BYTES)
+
+
+class _Allowance:
+    """So much of something for all threads together; who wants more waits."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.left = total
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def take(self, amount: int) -> Iterator[None]:
+        amount = min(amount, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= amount)
+            self.left -= amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += amount
+                self.changed.notify_all()

@@ -1,0 +1,259 @@
+"""Result files: appended to safely, taken up again after a stop, and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pyiqa_clipkd.scoring.tables import (
+    ENDINGS,
+    FIRST,
+    LAST,
+    PARQUET,
+    PROBABILITY,
+    TEXT_FORMATS,
+    Row,
+    columns,
+    is_number,
+    parquet_rows,
+    valid_text,
+    write_parquet,
+)
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]
+
+__all__ = ['Results', 'check_ending', 'columns', 'read_results']
+
+# Rows that differ in one of these don't belong in one file.
+IDENTITY = ('metric', 'sha256', 'crops', 'input_size')
+
+JOURNAL = '.jsonl'
+
+
+def check_ending(path: Path) -> str:
+    """The ending of a result file, which says how it is written.
+
+    Raises:
+        ValueError: if there is no such format.
+        ModuleNotFoundError: if its library isn't there.
+    """
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(
+            f'A result file must end in {", ".join(ENDINGS)}, but got {path.name!r}.'
+        )
+    if ending == PARQUET and find_spec('pyarrow') is None:
+        raise ModuleNotFoundError(f'{path.name} needs pyarrow: `pip install pyarrow`.')
+    return ending
+
+
+def journal_path(path: Path) -> Path:
+    """Where the rows of an unfinished Parquet file are, which can't be appended to."""
+    return path.with_name(f'.{path.name}.rows{JOURNAL}')
+
+
+class Results:
+    """A result file that grows by whole rows.
+
+    A run that was stopped, even in the middle of a row, is taken up again: what the
+    file has is in `done`, and a torn row at its end is dropped. A Parquet file appears
+    at the end; until then its rows are in a hidden file beside it.
+
+    Args:
+        path: its ending says how it is written: .csv, .jsonl or .parquet.
+        levels: the metric's words.
+        identity: `metric`, `sha256`, `crops`, `input_size` of the rows to come.
+        overwrite: begin anew, whatever the file holds.
+
+    Attributes:
+        done: path -> score of the photographs in the file, `None` for a bad one.
+
+    Raises:
+        ValueError: if the file holds something else, or scores of another kind.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        levels: Sequence[str],
+        identity: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = path
+        self.names = columns(levels)
+        self.identity = {key: identity[key] for key in IDENTITY}
+        self.is_parquet = check_ending(path) == PARQUET
+        self.rows_path = journal_path(path) if self.is_parquet else path
+        self.format = TEXT_FORMATS[self.rows_path.suffix.lower()]
+        self.done: dict[str, float | None] = {}
+        if overwrite:
+            self.rows_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        if self.is_parquet and path.exists():
+            for row in _read(path, parquet_rows(path)):
+                self._take(row)
+        self.file = self._opened()
+
+    def _opened(self) -> BinaryIO:
+        """The file of rows, ready to be appended to."""
+        end = self._read_rows() if self.rows_path.exists() else 0
+        self.rows_path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.rows_path.open('ab')
+        if end == 0:
+            file.truncate(0)
+            file.write(self.format.header(self.names))
+            file.flush()
+        else:
+            file.truncate(end)
+        return file
+
+    def _read_rows(self) -> int:
+        """Take the rows that are there; returns where the last whole one ends."""
+        header = self.format.header(self.names)
+        with self.rows_path.open('rb') as file:
+            # Only what we began may be cut: a torn header, or a torn first row.
+            expected = header or b'{"path": '
+            start = file.read(len(expected))
+            if not expected.startswith(start):
+                raise ValueError(_other(self.path, self.names))
+            if start != expected:
+                return 0
+            file.seek(0)
+            end = len(header)
+            for row, end in _read(self.path, self.format.records(file)):  # noqa: B007
+                self._take(row)
+        return end
+
+    def _take(self, row: Row) -> None:
+        if [*row] != self.names:
+            raise ValueError(_other(self.path, self.names))
+        found = {key: row[key] for key in IDENTITY}
+        if found != self.identity:
+            raise ValueError(
+                f'{self.path} holds scores of {_words(found)}, but these are of '
+                f'{_words(self.identity)}. Choose another file, or --overwrite it.'
+            )
+        self.done[self.key(row['path'])] = row['score']
+
+    def key(self, path: str) -> str:
+        """A path as `done` has it."""
+        return valid_text(path) if self.is_parquet else path
+
+    def add(self, row: Row) -> None:
+        """Append a row; it is in the file when this returns."""
+        self.file.write(self.format.encode({name: row[name] for name in self.names}))
+        self.file.flush()
+
+    def finish(self) -> None:
+        """All rows are there: write what can only be written whole."""
+        if self.is_parquet:
+            write_parquet(self.path, self.names, self._all_rows())
+            self.file.close()
+            self.rows_path.unlink()
+
+    def _all_rows(self) -> Iterator[Row]:
+        seen = set()
+        if self.path.exists():
+            for row in parquet_rows(self.path):
+                seen.add(row['path'])
+                yield row
+        with self.rows_path.open('rb') as file:
+            for row, _ in self.format.records(file):
+                # A run that ended between the last two steps has left them twice.
+                if valid_text(row['path']) not in seen:
+                    yield row
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.finish()
+        self.file.close()
+
+
+def _read(path: Path, rows: Iterator[Any]) -> Iterator[Any]:
+    """Rows of a file; what can't be read is an error that names the file."""
+    try:
+        yield from rows
+    except (ValueError, KeyError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f'{path} is damaged or no result file ({error}).') from error
+
+
+def _words(identity: Mapping[str, Any]) -> str:
+    return (
+        f'{identity["metric"]} (weights {identity["sha256"]}, crops '
+        f'{identity["crops"]}, input size {identity["input_size"]})'
+    )
+
+
+def _other(path: Path, names: Sequence[str]) -> str:
+    return (
+        f'{path} is no result file with the columns {", ".join(names)}. Choose another '
+        'file, or --overwrite it.'
+    )
+
+
+def read_results(path: Path | str) -> pandas.DataFrame:
+    """The rows of a result file.
+
+    Args:
+        path: .csv, .jsonl or .parquet, as `pyiqa-clipkd score -o` writes them. Of one
+            that is being written, the rows so far.
+
+    Returns:
+        The columns of `columns`, one row a file. Numbers are NaN, texts empty where a
+        file could not be scored.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it isn't a result file.
+    """
+    import pandas
+
+    path = Path(path)
+    ending = check_ending(path)
+    if ending == PARQUET and not path.exists() and journal_path(path).exists():
+        raise FileNotFoundError(
+            f'{path} is not finished: the command that began it goes on with it.'
+        )
+    with path.open('rb') as file:
+        rows = (
+            parquet_rows(path)
+            if ending == PARQUET
+            else (record.row for record in TEXT_FORMATS[ending].records(file))
+        )
+        table = pandas.DataFrame(list(_read(path, rows)), dtype=object)
+    if table.empty:
+        raise ValueError(f'{path} has no rows.')
+    missing = [name for name in (*FIRST, *LAST) if name not in table]
+    if missing:
+        raise ValueError(
+            f'{path} is no result file of `pyiqa-clipkd score`: it has no column '
+            f'{", ".join(missing)}.'
+        )
+    for name in table:
+        if is_number(str(name)):
+            whole = name in IDENTITY
+            table[name] = table[name].astype(int if whole else float)
+        else:
+            table[name] = table[name].fillna('').astype(object)
+    return table
+
+
+def levels_of(table: pandas.DataFrame) -> list[str]:
+    """The words of a table's probabilities, from worst to best."""
+    names = [str(name) for name in table if str(name).startswith(PROBABILITY)]
+    return [name.removeprefix(PROBABILITY) for name in names]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyiqa_clipkd.scoring.files import find_photographs
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        'photos/b.jpg',
+        'photos/a.PNG',
+        'photos/notes.txt',
+        'photos/page.eps',
+        'photos/.hidden.jpg',
+        'photos/sub/c.webp',
+        'photos/sub/deep.jpg/d.tif',
+        'other/e.jpg',
+        'other/raw.dat',
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'x')
+    return tmp_path
+
+
+def found(*paths: str, stdin: bytes = b'', nul: bool = False) -> list[str]:
+    files = find_photographs(paths, stdin=io.BytesIO(stdin), nul=nul)
+    return [path.as_posix() for path in files]
+
+
+PHOTOS = [
+    'photos/a.PNG',
+    'photos/b.jpg',
+    'photos/sub/c.webp',
+    'photos/sub/deep.jpg/d.tif',
+]
+
+
+@pytest.mark.usefixtures('tree')
+class TestFindPhotographs:
+    def test_a_folder_is_searched_to_its_end_in_the_order_of_names(self) -> None:
+        assert found('photos') == PHOTOS
+
+    def test_a_file_is_taken_whatever_its_ending(self) -> None:
+        assert found('other/raw.dat', 'photos/.hidden.jpg') == [
+            'other/raw.dat',
+            'photos/.hidden.jpg',
+        ]
+
+    def test_what_is_not_there_is_not_lost(self) -> None:
+        assert found('gone.jpg', 'other/*.gone') == ['gone.jpg', 'other/*.gone']
+
+    def test_nothing_comes_twice(self) -> None:
+        given = ('photos/b.jpg', './photos', 'photos/sub', 'photos/sub/../b.jpg')
+        assert sorted(found(*given)) == sorted(PHOTOS)
+
+    def test_patterns_that_the_shell_left(self) -> None:
+        assert found('*/*.jpg') == ['other/e.jpg', 'photos/b.jpg']
+        assert found('photos/**') == PHOTOS
+        assert found('**/*.dat') == ['other/raw.dat']
+
+    def test_a_file_may_be_called_like_a_pattern(self, tree: Path) -> None:
+        (tree / 'a[1].jpg').write_bytes(b'x')
+        assert found('a[1].jpg') == ['a[1].jpg']
+
+    def test_a_list_of_files_and_folders(self) -> None:
+        given = b'other/e.jpg\r\n\nphotos/sub\nlast *.jpg'
+        assert found('-', stdin=given) == ['other/e.jpg', *PHOTOS[2:], 'last *.jpg']
+        given = b'other/e.jpg\0two\nlines.jpg\0'
+        assert found('-', stdin=given, nul=True) == ['other/e.jpg', 'two\nlines.jpg']
+
+    @pytest.mark.skipif(sys.platform != 'linux', reason='names are text elsewhere')
+    def test_names_may_be_any_bytes(self) -> None:
+        (path,) = find_photographs(['-'], stdin=io.BytesIO(b'caf\xe9.jpg\n'))
+        assert os.fsencode(path) == b'caf\xe9.jpg'
+
+    def test_links_that_lead_back_end(self, tree: Path) -> None:
+        try:
+            (tree / 'photos' / 'sub' / 'back').symlink_to(tree / 'photos')
+            (tree / 'photos' / 'other').symlink_to(tree / 'other')
+        except OSError:
+            pytest.skip('no links here')
+        assert found('photos') == [*PHOTOS[:2], 'photos/other/e.jpg', *PHOTOS[2:]]
+
+    def test_files_come_before_the_last_folder_is_listed(
+        self, tree: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listed, scandir = [], os.scandir
+
+        def watched(path: str) -> Any:
+            listed.append(path)
+            return scandir(path)
+
+        monkeypatch.setattr('os.scandir', watched)
+        assert next(find_photographs(['photos', 'other'])).name == 'a.PNG'
+        assert listed == ['photos']
