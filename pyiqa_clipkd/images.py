@@ -35,7 +35,7 @@ CUBIC, REACH = -0.5, 2.0
 
 # Output pixels of one matrix product, and rows of a photograph resized at once: all of
 # it stays in the processor's cache, and no copy of a large photograph is made.
-BLOCK, BAND = 16, 64
+BLOCK, BAND = 16, 384
 
 # Rows whose colours are changed at once.
 ROWS = 512
@@ -215,21 +215,12 @@ def _whole(image: Image.Image, size: int) -> np.ndarray:
     along_rows = _Resampling(columns, width, centre(width, size), size, of=BYTE)
     along_columns = _Resampling(rows, height, centre(height, size), size)
     first, last = along_columns.start, along_columns.stop
-    narrow = np.empty((last - first, 3, size), np.float32)
-    for top in range(first, last, BAND):
-        bottom = min(top + BAND, last)
-        band = _planes(image.crop((along_rows.start, top, along_rows.stop, bottom)))
-        narrow[top - first : bottom - first] = along_rows(band)
-    pixels = along_columns(narrow.reshape(last - first, -1).T).T
-    return np.ascontiguousarray(pixels.reshape(size, 3, size).transpose(1, 0, 2))
-
-
-def _planes(image: Image.Image) -> np.ndarray:
-    """float32 (H, 3, W) in [0, 255]."""
-    planes = np.empty((image.height, 3, image.width), np.float32)
-    for number, channel in enumerate(image.split()):
-        planes[:, number] = np.asarray(channel)
-    return planes
+    pixels = np.empty((3, size, size), np.float32)
+    for channel, result in zip('RGB', pixels, strict=True):
+        plane = np.asarray(image.getchannel(channel))
+        plane = plane[first:last, along_rows.start : along_rows.stop]
+        result[:] = along_columns(along_rows(plane).T).T
+    return pixels
 
 
 class _Resampling:
@@ -267,12 +258,20 @@ class _Resampling:
             self.blocks.append((out, used, weights.astype(np.float32)))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """float32 (..., stop - start) in [0, of] -> (..., count) in [0, 1]."""
-        lines = values.reshape(-1, values.shape[-1])
-        result = np.empty((len(lines), self.count), np.float32)
-        for out, used, weights in self.blocks:
-            result[:, out] = lines[:, used] @ weights
-        return result.clip(0, 1, out=result).reshape(*values.shape[:-1], self.count)
+        """(n, stop - start) in [0, of] -> float32 (n, count) in [0, 1].
+
+        Some rows at a time: they stay in the processor's cache, and no copy of a large
+        photograph is made.
+        """
+        result = np.empty((len(values), self.count), np.float32)
+        buffer = np.empty((min(BAND, len(values)), values.shape[1]), np.float32)
+        for top in range(0, len(values), BAND):
+            rows = slice(top, min(top + BAND, len(values)))
+            band = buffer[: rows.stop - top]
+            np.copyto(band, values[rows])
+            for out, used, weights in self.blocks:
+                result[rows, out] = band[:, used] @ weights
+        return result.clip(0, 1, out=result)
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pyiqa_clipkd.scoring.command import PILLOW_MEMORY
 from pyiqa_clipkd.scoring.files import find_photographs
 
 OURS = [sys.executable, '-m', 'pyiqa_clipkd', 'score']
@@ -118,11 +119,7 @@ def run(command: Sequence[str], total: int) -> dict[str, float]:
 
 def decode_only(folder: Path) -> float:
     """Images a second of the decoder alone, under the settings of our command."""
-    settings = {
-        'PILLOW_BLOCKS_MAX': '4',
-        'PILLOW_BLOCK_SIZE': '64m',
-        'OPENBLAS_NUM_THREADS': '1',
-    }
+    settings = {**PILLOW_MEMORY, 'OPENBLAS_NUM_THREADS': '1'}
     result = subprocess.run(
         [sys.executable, '-c', DECODE, str(folder)],
         capture_output=True,

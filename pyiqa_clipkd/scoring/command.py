@@ -39,6 +39,10 @@ DEFAULT_METRIC = 'clipkd_efficientnet_lite'
 # Exit codes.
 FINE, BELOW, WRONG_USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
+# Pillow reads these when it is imported. Up to 64 MB of what decoded photographs took
+# are kept for the next ones: decoding 12 megapixels takes half the time so.
+PILLOW_MEMORY = {'PILLOW_BLOCKS_MAX': '16', 'PILLOW_BLOCK_SIZE': '4m'}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -114,11 +118,8 @@ def _whole(least: int) -> Callable[[str], int]:
 def run(arguments: argparse.Namespace) -> int:
     """`pyiqa-clipkd score`; returns the exit code."""
     check(arguments)
-    # Up to 256 MB of decoded photographs' memory is kept for the next ones: decoding 12
-    # megapixels takes half the time. Of blocks this large the rest goes back at once.
-    # Pillow reads these when it is imported.
-    os.environ.setdefault('PILLOW_BLOCKS_MAX', '4')
-    os.environ.setdefault('PILLOW_BLOCK_SIZE', '64m')
+    for name, value in PILLOW_MEMORY.items():
+        os.environ.setdefault(name, value)
     from PIL import Image
 
     from pyiqa_clipkd.images import MAX_PIXELS

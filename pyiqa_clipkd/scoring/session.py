@@ -179,8 +179,10 @@ class Session:
     def _progress_bar(self, stack: ExitStack) -> Any:
         if self.arguments.quiet or not sys.stderr.isatty():
             return None
-        from tqdm import tqdm
-
+        try:
+            from tqdm import tqdm
+        except ImportError:  # where only what scores need is installed
+            return None
         return stack.enter_context(
             tqdm(total=0, unit='photo', file=sys.stderr, leave=False)
         )
