@@ -33,11 +33,11 @@ SIXTEEN_BIT = ('I;16', 'I;16L', 'I;16B', 'I;16N', 'I')
 # Bicubic kernel: its parameter and its reach, as in Pillow and in torch's `antialias`.
 CUBIC, REACH = -0.5, 2.0
 
-# Output pixels of one matrix product, and rows of a photograph resized at once: all of
-# it stays in the processor's cache, and no copy of a large photograph is made.
-BLOCK, BAND = 16, 384
+# Output pixels of one matrix product.
+BLOCK = 16
 
-# Rows whose colours are changed at once.
+# Rows that are worked on at once: no further copy of a large photograph is made, and
+# threads don't wait for each other over many small pieces.
 ROWS = 512
 
 
@@ -120,10 +120,17 @@ def _decoded(image: Image.Image, max_pixels: int) -> Photograph:
             f'too large: {image.width} x {image.height} pixels, more than '
             f'{max_pixels / 1e6:g} megapixels'
         )
-    notes = []
+    return from_image(image)
+
+
+def from_image(image: Image.Image) -> Photograph:
+    """What Pillow has opened, upright and in RGB.
+
+    Raises:
+        UnreadableError: if there are no pixels to score.
+    """
+    notes = ['first frame'] if getattr(image, 'is_animated', False) else []
     file_format = image.format or '?'
-    if getattr(image, 'is_animated', False):
-        notes.append('first frame')
     rotated = _is_rotated(image)  # of a TIFF that loading turns upright by itself
     image.load()
     if _is_rotated(image):
@@ -215,12 +222,16 @@ def _whole(image: Image.Image, size: int) -> np.ndarray:
     along_rows = _Resampling(columns, width, centre(width, size), size, of=BYTE)
     along_columns = _Resampling(rows, height, centre(height, size), size)
     first, last = along_columns.start, along_columns.stop
-    pixels = np.empty((3, size, size), np.float32)
-    for channel, result in zip('RGB', pixels, strict=True):
-        plane = np.asarray(image.getchannel(channel))
-        plane = plane[first:last, along_rows.start : along_rows.stop]
-        result[:] = along_columns(along_rows(plane).T).T
-    return pixels
+    narrow = np.empty((3, last - first, size), np.float32)
+    # One piece of memory for all bands: threads would wait for each other over more.
+    band = Image.new('RGB', (along_rows.stop - along_rows.start, ROWS))
+    for top in range(first, last, ROWS):
+        bottom = min(top + ROWS, last)
+        band.paste(image, (-along_rows.start, -top))
+        values = np.asarray(band)[: bottom - top]
+        for channel, result in enumerate(narrow):
+            result[top - first : bottom - first] = along_rows(values[..., channel])
+    return np.stack([along_columns(plane.T).T for plane in narrow])
 
 
 class _Resampling:
@@ -258,19 +269,11 @@ class _Resampling:
             self.blocks.append((out, used, weights.astype(np.float32)))
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """(n, stop - start) in [0, of] -> float32 (n, count) in [0, 1].
-
-        Some rows at a time: they stay in the processor's cache, and no copy of a large
-        photograph is made.
-        """
+        """(n, stop - start) in [0, of] -> float32 (n, count) in [0, 1]."""
+        values = np.ascontiguousarray(values, np.float32)
         result = np.empty((len(values), self.count), np.float32)
-        buffer = np.empty((min(BAND, len(values)), values.shape[1]), np.float32)
-        for top in range(0, len(values), BAND):
-            rows = slice(top, min(top + BAND, len(values)))
-            band = buffer[: rows.stop - top]
-            np.copyto(band, values[rows])
-            for out, used, weights in self.blocks:
-                result[rows, out] = band[:, used] @ weights
+        for out, used, weights in self.blocks:
+            result[:, out] = values[:, used] @ weights
         return result.clip(0, 1, out=result)
 
 

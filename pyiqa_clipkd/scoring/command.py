@@ -39,9 +39,10 @@ DEFAULT_METRIC = 'clipkd_efficientnet_lite'
 # Exit codes.
 FINE, BELOW, WRONG_USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
-# Pillow reads these when it is imported. Up to 64 MB of what decoded photographs took
-# are kept for the next ones: decoding 12 megapixels takes half the time so.
-PILLOW_MEMORY = {'PILLOW_BLOCKS_MAX': '16', 'PILLOW_BLOCK_SIZE': '4m'}
+# Pillow reads these when it is imported. Up to 256 MB of what decoded photographs took
+# are kept for the next ones: decoding 12 megapixels takes half the time so. Of blocks
+# this large the rest goes back to the system at once.
+PILLOW_MEMORY = {'PILLOW_BLOCKS_MAX': '4', 'PILLOW_BLOCK_SIZE': '64m'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
