@@ -7,10 +7,14 @@ of them imports pyiqa, and those that score with onnxruntime don't import torch 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
+from typing import TextIO
 
 from pyiqa_clipkd import __version__
 
@@ -25,15 +29,39 @@ SUBCOMMANDS = {
 }
 
 # Exit codes that all subcommands share.
-WRONG_USAGE, INTERRUPTED = 2, 130
+WRONG_USAGE, BUG, INTERRUPTED = 2, 70, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    _prepare_streams()
     # Photographs are resized by several threads at once: numpy's own would be in their
     # way. Only what is set before its first import counts.
     os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
     words = sys.argv[1:] if arguments is None else list(arguments)
+    chosen = next((word for word in words if word in SUBCOMMANDS), None)
+    return _guarded(lambda: _run(words, chosen), chosen)
+
+
+def _prepare_streams() -> None:
+    """Streams that take all that is printed: closed ones, and names of any bytes."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            nothing = Path(os.devnull).open('w', encoding='utf-8')  # noqa: SIM115
+            setattr(sys, name, nothing)
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+
+
+def silence(stream: TextIO) -> None:
+    """Throw away what is printed from now on, and what waits to be."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
+
+
+def _run(words: Sequence[str], chosen: str | None) -> int:
     parser = argparse.ArgumentParser(
         prog='pyiqa-clipkd',
         description='No-reference image quality: scores from 1 (bad) to 5 (perfect).',
@@ -41,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--version', action='version', version=f'%(prog)s {__version__}'
     )
-    chosen = next((word for word in words if word in SUBCOMMANDS), None)
     subparsers = parser.add_subparsers(title='commands', metavar='COMMAND', dest='name')
     modules = {}
     for name, (module, text) in SUBCOMMANDS.items():
@@ -55,23 +82,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.name is None:
         parser.print_help()
         return WRONG_USAGE
-    return _run(modules[parsed.name].run, parsed)
+    code: int = modules[parsed.name].run(parsed)
+    sys.stdout.flush()
+    return code
 
 
-def _run(
-    run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
-) -> int:
-    """The exit code of a subcommand; a user's mistake is one line, not a traceback."""
+def _guarded(run: Callable[[], int], name: str | None) -> int:
+    """The exit code of what is run; a user's mistake is one line, not a traceback."""
     try:
-        code = run(arguments)
-        sys.stdout.flush()
-        return code
+        return run()
     except KeyboardInterrupt:
         print('\nStopped.', file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
+        silence(sys.stderr)
         return 0
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f'pyiqa-clipkd {arguments.name}: error: {error}', file=sys.stderr)
+    except (OSError, ValueError, ImportError) as error:
+        command = f'pyiqa-clipkd {name}' if name else 'pyiqa-clipkd'
+        print(f'{command}: error: {error}', file=sys.stderr)
         return WRONG_USAGE
+    except Exception:
+        traceback.print_exc()
+        return BUG

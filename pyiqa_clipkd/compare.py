@@ -19,9 +19,9 @@ import numpy as np
 
 from pyiqa_clipkd.difference import Difference, measure, pair, scored_pairs
 from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.runs import Run, made_differently, make_run, read_run
 
-DEFAULT_METRIC = 'clipkd_efficientnet_lite'
 PLOT_ENDINGS = ('.png', '.svg', '.pdf')
 LISTED = 5  # photographs that lost or won most
 EQUAL = 0.005  # a change that isn't seen in two digits
@@ -113,6 +113,9 @@ def _score_folders(
     folders: Sequence[Path], other: Run | None, arguments: argparse.Namespace
 ) -> dict[Path, Run]:
     """Score folders, with the metric and options of another run if there is one."""
+    from pyiqa_clipkd.scoring.pillow import prepare_pillow
+
+    prepare_pillow()
     import pandas as pd  # type: ignore[import-untyped]
 
     from pyiqa_clipkd.scoring.backends import create_backend

@@ -7,8 +7,12 @@ from typing import NamedTuple
 
 ONNX = '.onnx'
 
-# Key of the JSON text among the metadata of an ONNX file, and its name in a .pt2 file.
+# Key of our JSON text in the metadata of ONNX and safetensors files, and its name in a
+# .pt2 file.
 KEY = 'pyiqa_clipkd'
+
+# Precision of a graph whose weights are in the weight file beside it.
+EXTERNAL = 'external'
 
 # What a model takes. Squares: float32 (N, 3, S, S) in [0, 1], resized by the caller.
 # Photographs: uint8 (N, H, W, 3) RGB of any size, resized inside.

@@ -9,11 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyiqa_clipkd.description import KEY, ONNX
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.locations import BUNDLED_FOLDER, find_weights
 from pyiqa_clipkd.names import METRICS, RELEASED, user_names, weights_folder
 
-METADATA_KEY = 'pyiqa_clipkd'
 TORCH_MAGIC = (b'PK', b'\x80')
 
 # As many digits as in a row of results.
@@ -67,7 +67,7 @@ def describe(name: str) -> Model:
         BUNDLED if path.parent == BUNDLED_FOLDER else USER,
         file=path,
         card=_existing(path.with_suffix('.md')),
-        onnx=_existing(path.with_suffix('.onnx')),
+        onnx=_existing(path.with_suffix(ONNX)),
     )
     try:
         metadata = read_metadata(path)
@@ -101,7 +101,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         header = json.loads(text)
         metadata = header.pop('__metadata__', {})
         end = max((entry['data_offsets'][1] for entry in header.values()), default=0)
-        own = dict(json.loads(metadata.get(METADATA_KEY, '{}')))
+        own = dict(json.loads(metadata.get(KEY, '{}')))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError('no weight file: its header is damaged') from error
     if 8 + length + end != size:

@@ -25,6 +25,9 @@ METRICS = {
     'clipkd_efficientnet_lite': 'student: EfficientNet-Lite0 (stage 3)',
 }
 
+# Where none is named.
+DEFAULT_METRIC = 'clipkd_efficientnet_lite'
+
 # Metrics that are a released network as it is: how to build it without a file of ours.
 RELEASED: dict[str, dict[str, Any]] = {
     'clipkd_zeroshot': {'type': 'CLIPLikert', 'pretrained': 'openai'},

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pyiqa_clipkd.description import (
+    EXTERNAL,
     INPUT_NAMES,
     KEY,
     ONNX,
@@ -18,11 +19,10 @@ from pyiqa_clipkd.description import (
     Description,
 )
 from pyiqa_clipkd.files import file_hash
-from pyiqa_clipkd.images import read_photograph, squares
+from pyiqa_clipkd.images import from_image, read_photograph, squares
 from pyiqa_clipkd.locations import BUNDLED_FOLDER
-from pyiqa_clipkd.names import HIGHEST, LOWEST, SUFFIX, weights_folder
-
-DEFAULT = 'clipkd_efficientnet_lite'
+from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX, weights_folder
+from pyiqa_clipkd.scale import level_of, to_100
 
 
 class Score(NamedTuple):
@@ -53,13 +53,14 @@ class Runtime:
     Attributes:
         name: `onnx`.
         metric: the metric's name; empty of a model made of a network without one.
-        weights, sha256: name and SHA-256 of the weight file that the model was made of.
+        weights, sha256: name and SHA-256 of the file that has the numbers: the model's
+            own, or of a graph without weights the weight file beside it.
         levels: words for quality, worst first.
         input_size: side in pixels of the squares that the network sees.
-        description: all that the model says of itself.
+        description: all that the model says of itself, also what it was made of.
 
     Raises:
-        ImportError: if onnxruntime is missing.
+        ImportError: if onnxruntime is missing or broken.
         FileNotFoundError: if there is no such model.
         ValueError: if the file is none of ours, or belongs to other weights.
     """
@@ -68,7 +69,7 @@ class Runtime:
 
     def __init__(
         self,
-        model: str | Path = DEFAULT,
+        model: str | Path = DEFAULT_METRIC,
         *,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
@@ -81,8 +82,11 @@ class Runtime:
         self._session = _session(self.path, threads, providers)
         self.description = _describe(self._session, self.path)
         self.metric = self.description.metric
-        self.weights = self.description.weights
-        self.sha256 = self.description.sha256
+        if self.description.precision == EXTERNAL:
+            self.weights = self.description.weights
+            self.sha256 = self.description.sha256
+        else:  # an export in eight bits scores otherwise than one in half precision
+            self.weights, self.sha256 = self.path.name, file_hash(self.path)
         self.levels = self.description.levels
         self.input_size = self.description.input_size
 
@@ -125,7 +129,8 @@ class Runtime:
         """Score one photograph.
 
         Args:
-            source: a path, an open binary file, or an image of Pillow.
+            source: a path, an open binary file, or an image of Pillow, of which all is
+                done that is done of a file: EXIF's rotation, transparency, 16 bits.
             crops: squares at the photograph's own resolution that are scored beside
                 the whole; the score is the mean.
 
@@ -136,7 +141,7 @@ class Runtime:
         if type(crops) is not int or crops < 0:
             raise ValueError(f'`crops` must be a whole number >= 0, but got {crops!r}.')
         if isinstance(source, Image.Image):
-            image = source.convert('RGB')
+            image = from_image(source).image
         else:
             image = read_photograph(source).image
         if self.description.input == PHOTOGRAPHS:
@@ -154,13 +159,11 @@ class Runtime:
     def _of_views(self, scores: np.ndarray, probabilities: np.ndarray | None) -> Score:
         """The mean over a photograph's views."""
         score = float(scores.mean(dtype=np.float64))
-        share = (score - LOWEST) / (HIGHEST - LOWEST)
-        level = self.levels[round(share * (len(self.levels) - 1))]
         named = {}
         if probabilities is not None:
             means = probabilities.mean(0, dtype=np.float64).tolist()
             named = dict(zip(self.levels, means, strict=True))
-        return Score(score, 100 * share, level, named)
+        return Score(score, to_100(score), level_of(score, self.levels), named)
 
 
 def find_model(model: str | Path) -> Path:
@@ -169,7 +172,7 @@ def find_model(model: str | Path) -> Path:
     Raises:
         FileNotFoundError: if there is none, with what to do.
     """
-    if isinstance(model, Path) or model.endswith(ONNX):
+    if isinstance(model, Path) or model.lower().endswith(ONNX):
         path = Path(model).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f'There is no model {path}.')
@@ -198,8 +201,13 @@ def _session(path: Path, threads: int | None, providers: Sequence[str] | None) -
     try:
         import onnxruntime
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == 'onnxruntime':
+            raise ModuleNotFoundError(
+                'Scores without torch need onnxruntime: pip install onnxruntime',
+                name=error.name,
+            ) from error
         raise ImportError(
-            'Scores without torch need onnxruntime: pip install onnxruntime'
+            f'onnxruntime is installed, but cannot be loaded: {error}'
         ) from error
     providers = list(providers or ['CPUExecutionProvider'])
     known = onnxruntime.get_available_providers()

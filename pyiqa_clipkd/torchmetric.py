@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyiqa_clipkd.metric import CLIPKDMetric
+from pyiqa_clipkd.names import DEFAULT_METRIC
 
 try:
     from torchmetrics import Metric
@@ -56,14 +57,13 @@ class QualityScore(Metric):
 
     def __init__(
         self,
-        metric: str = 'clipkd_efficientnet_lite',
+        metric: str = DEFAULT_METRIC,
         *,
         weights: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        network = CLIPKDMetric(metric, pretrained_model_path=weights)
-        self.network = network.requires_grad_(False)
+        self.network = CLIPKDMetric(metric, pretrained_model_path=weights)
         self.add_state('total', torch.tensor(0.0), dist_reduce_fx='sum')
         self.add_state('count', torch.tensor(0), dist_reduce_fx='sum')
 

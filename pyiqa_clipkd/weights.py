@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyiqa_clipkd.description import KEY as METADATA_KEY
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.torchscript import NeedsCodeError, is_torchscript, read_torchscript
 
-# Key of our JSON text among the metadata of a safetensors file, and the key under which
-# a network keeps its own description in a state dict (a uint8 tensor of JSON text).
-METADATA_KEY = 'pyiqa_clipkd'
+# Key under which a network keeps its own description in a state dict (a uint8 tensor of
+# JSON text).
 CONFIG_KEY = '_extra_state'
 
 # Start of PyTorch's files: a zip file, or a pickle.

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pyiqa_clipkd.scoring.command import PILLOW_MEMORY
 from pyiqa_clipkd.scoring.files import find_photographs
+from pyiqa_clipkd.scoring.pillow import PILLOW_MEMORY
 
 OURS = [sys.executable, '-m', 'pyiqa_clipkd', 'score']
 PYIQA = [sys.executable, '-m', 'pyiqa.pyiqa_cmd']

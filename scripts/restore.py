@@ -31,6 +31,7 @@ from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.images import read_photograph
 from pyiqa_clipkd.locations import find_weights
 from pyiqa_clipkd.metric import CLIPKDMetric
+from pyiqa_clipkd.names import DEFAULT_METRIC
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,7 +77,6 @@ def ascend(
 ) -> tuple[Tensor, list[float]]:
     """Adam towards a higher score; the best values on the way, and all scores."""
     metric = CLIPKDMetric(args.metric, pretrained_model_path=args.weights)
-    metric.requires_grad_(False)
     values = values.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([values], lr=args.rate)
     best, scores = values.detach().clone(), []
@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument('photo', type=Path)
     parser.add_argument('-o', '--output', type=Path, required=True, help='PNG file')
-    parser.add_argument('--metric', default='clipkd_efficientnet_lite')
+    parser.add_argument('--metric', default=DEFAULT_METRIC)
     parser.add_argument('--weights', help="a file in place of the metric's own")
     parser.add_argument('--judge', default='clipkd_resnet18', help='second metric')
     parser.add_argument('--steps', type=int, default=100)

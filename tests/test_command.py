@@ -118,6 +118,7 @@ def test_the_exit_code_is_that_of_the_subcommand(code: int) -> None:
         ("raise ValueError('`crops` must be 0.')", '`crops` must be 0.'),
         ("open('/gone/file')", 'No such file or directory'),
         ('import module_that_is_missing', "No module named 'module_that_is_missing'"),
+        ('from os import gone', "cannot import name 'gone'"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_line(body: str, told: str) -> None:
@@ -130,8 +131,39 @@ def test_a_mistake_of_the_user_is_one_line(body: str, told: str) -> None:
 
 def test_a_mistake_of_ours_keeps_its_traceback() -> None:
     result = fake("raise TypeError('ours')")
-    assert result.returncode == 1
+    assert result.returncode == 70
     assert 'Traceback' in result.stderr
+
+
+def test_a_subcommand_whose_module_is_missing_is_one_line() -> None:
+    code = (
+        'import sys; from pyiqa_clipkd import command; '
+        "command.SUBCOMMANDS['gone'] = ('gone_module', ''); sys.exit(command.main())"
+    )
+    result = run('gone', '--help', command=[sys.executable, '-c', code])
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith('pyiqa-clipkd gone: error: ')
+    assert 'gone_module' in line
+
+
+@pytest.mark.skipif(not Path('/bin/sh').exists(), reason='needs a shell')
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '>&- 2>&-'])
+def test_closed_streams_are_no_error(closed: str) -> None:
+    body = "print('out'); print('err', file=sys.stderr); return 3"
+    line = f'"$0" -c "$1" fake {closed}'
+    result = run(
+        line, sys.executable, FAKE.format(body=body), command=['/bin/sh', '-c']
+    )
+    assert result.returncode == 3
+    assert result.stdout == ('' if closed.startswith('>') else 'out\n')
+    assert result.stderr == ('' if '2>' in closed else 'err\n')
+
+
+def test_names_of_any_bytes_are_shown_somehow() -> None:
+    result = fake("print('caf\\udce9.jpg'); return 0")
+    assert result.returncode == 0
+    assert result.stdout == 'caf\\udce9.jpg\n'
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals of Unix')

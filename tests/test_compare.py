@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +334,25 @@ def test_two_folders_are_scored_and_compared(
 
 
 @pytest.mark.slow
+def test_damaged_metadata_is_not_shown(folders: list[str]) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = 'text'
+    file = Path(folders[0]) / 'corrupt.jpg'
+    Image.new('RGB', (64, 48)).save(file, exif=exif)
+    content = bytearray(file.read_bytes())
+    content[content.index(b'Exif') + 14] = 0xFF  # the number of its entries
+    file.write_bytes(content)
+    shown = subprocess.run(
+        [sys.executable, '-m', 'pyiqa_clipkd', 'compare', *folders],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    lines = shown.stderr.splitlines()
+    assert [line.split()[0] for line in lines] == ['Scoring', 'Scoring'], shown.stderr
+
+
 def test_a_folder_is_scored_as_the_result_file_was(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -274,6 +274,24 @@ def test_the_command_measures_on_the_photographs_of_a_folder(
     assert 'on 3 photographs scores differ by 0.0000' in shown
 
 
+def test_unreadable_photographs_are_named_and_left_out(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'empty.png').touch()
+    Image.fromarray(pixels(60, 80)[0]).save(tmp_path / 'a.png')
+    output = tmp_path / 'out.pt2'
+    words = [str(output), '-m', NAME, '--weights', str(weights)]
+    words += ['--check', str(tmp_path)]
+    assert command_line(*words) == 2
+    assert 'has 1 that can be read' in capsys.readouterr().err
+    assert not output.exists()
+    Image.fromarray(pixels(80, 60)[0]).save(tmp_path / 'b.png')
+    assert command_line(*words) == 0
+    shown = capsys.readouterr()
+    assert f'{tmp_path / "empty.png"}: the file is empty' in shown.err
+    assert 'on 2 photographs scores differ' in shown.out
+
+
 def test_the_command_fails_where_scores_moved_too_far(
     weights: Path,
     tmp_path: Path,
@@ -281,7 +299,8 @@ def test_the_command_fails_where_scores_moved_too_far(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(
-        'pyiqa_clipkd.export.command.differences', lambda *_: Differences(0.001, 0.006, 13)
+        'pyiqa_clipkd.export.command.differences',
+        lambda *_: Differences(0.001, 0.006, 13),
     )
     words = (str(tmp_path / 'a.pt2'), '-m', NAME, '--weights', str(weights))
     assert command_line(*words) == 1

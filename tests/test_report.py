@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,14 @@ def test_bars_count_every_score_once(results: str, tmp_path: Path) -> None:
         assert count == sum(low <= score < high for score in scores)
 
 
+def test_the_words_on_scores_hold_for_every_metric(
+    results: str, tmp_path: Path
+) -> None:
+    words = report(tmp_path, results).words
+    assert '1 bad, 2 poor, 3 fair, 4 good, 5 perfect. Higher is better' in words
+    assert 'of single photographs small differences mean little' in words
+
+
 def test_thumbnails_are_inside_and_missing_files_leave_their_name(
     results: str, tmp_path: Path
 ) -> None:
@@ -168,6 +178,32 @@ def test_a_thumbnail_is_small_and_upright(tmp_path: Path) -> None:
         assert small.size == (SIDE // 2, SIDE)
     file.write_bytes(b'')
     assert make_thumbnail(file) == (None, 'the file is empty')
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from pyiqa_clipkd.report.thumbnails import make_thumbnails
+made = make_thumbnails(Path(name) for name in sys.argv[1:])
+assert all(code for code, _ in made.values()), made
+print(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks its /proc')
+def test_thumbnails_of_large_photographs_take_little_memory(tmp_path: Path) -> None:
+    files = [tmp_path / f'{number}.jpg' for number in range(4)]
+    Image.new('RGB', (8000, 6000)).save(files[0])
+    for file in files[1:]:
+        file.write_bytes(files[0].read_bytes())
+    shown = subprocess.run(
+        [sys.executable, '-c', MEMORY, *map(str, files)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert int(shown.stdout) < 150_000
 
 
 def test_links_lead_to_the_files(results: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from scoring_data import ODD
 
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.images import UnreadableError, squares
@@ -110,6 +111,16 @@ def test_paths_files_and_images_score_alike(runtime: Runtime) -> None:
     assert runtime.score(Image.open(COFFEE)) == expected
 
 
+@pytest.mark.parametrize('name', ['exif.jpg', 'alpha.png', 'sixteen.png', 'gif.gif'])
+def test_odd_photographs_score_alike_as_files_and_as_images(
+    runtime: Runtime, name: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(ODD[name].content())
+    with Image.open(file) as image:
+        assert runtime.score(image) == runtime.score(file)
+
+
 def test_alone_or_in_a_batch_in_any_order_the_score_is_the_same(
     runtime: Runtime, views: np.ndarray
 ) -> None:
@@ -180,8 +191,9 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / 'other.onnx')
     with pytest.raises(ValueError, match='was not written by `pyiqa-clipkd export`'):
         Runtime(tmp_path / 'other.onnx')
-    with pytest.raises(FileNotFoundError, match='There is no model'):
-        Runtime(tmp_path / 'nothing.onnx')
+    for name in ('nothing.onnx', 'NOTHING.ONNX'):
+        with pytest.raises(FileNotFoundError, match='There is no model'):
+            Runtime(str(tmp_path / name))
 
 
 def test_a_model_of_whole_photographs_is_scored_too(tmp_path: Path) -> None:
@@ -190,6 +202,8 @@ def test_a_model_of_whole_photographs_is_scored_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = CLIPKDStudent('timm:test_efficientnet', embed_dim=16, input_size=48)
     runtime = Runtime(export(student, tmp_path / 'whole.onnx'))
+    assert runtime.metric == ''
+    assert (runtime.weights, runtime.sha256) == ('whole.onnx', file_hash(runtime.path))
     image = Image.open(COFFEE)
     expected = eager_score(student.eval(), image)
     assert abs(runtime.score(COFFEE).score - expected) < 2e-4
@@ -255,6 +269,17 @@ def test_without_onnxruntime_the_error_says_what_to_install(
         Runtime(LITE)
 
 
+def test_a_broken_onnxruntime_keeps_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'onnxruntime.py').write_text("raise ImportError('DLL load failed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'onnxruntime', raising=False)
+    with pytest.raises(ImportError, match='cannot be loaded: DLL load failed') as info:
+        Runtime(LITE)
+    assert 'pip install onnxruntime' not in str(info.value)
+
+
 @pytest.mark.slow
 def test_a_fresh_environment_without_torch_scores_a_photograph(tmp_path: Path) -> None:
     """A real wheel, and links to numpy, Pillow, onnxruntime and nothing else."""
@@ -292,6 +317,16 @@ def test_a_fresh_environment_without_torch_scores_a_photograph(tmp_path: Path) -
     assert there == []
     expected = eager_score(CLIPKDMetric(LITE), Image.open(COFFEE))
     assert abs(score - expected) < 1e-3
+    command = [str(python.with_name('pyiqa-clipkd')), 'score', str(COFFEE)]
+    shown = subprocess.run(
+        [*command, '--format', 'jsonl'],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': ''},
+    )
+    assert abs(json.loads(shown.stdout)['score'] - expected) < 1e-3
 
 
 def borrow(environment: Path, *modules: str) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,75 @@ def test_on_a_processor_onnxruntime_is_taken_where_it_can_do_it(
     for options in ({'kind': 'torch'}, {'input_size': 64}, {'weights': copy}):
         with pytest.raises(ModuleNotFoundError, match='pip install torch'):
             kind(**options)
+
+
+def test_a_broken_onnxruntime_gives_way_to_torch(
+    without: Without, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'onnxruntime.py').write_text("raise ImportError('DLL load failed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'onnxruntime', raising=False)
+    assert create_backend(METRIC, device='cpu').name == 'torch'
+    with pytest.raises(ImportError, match='DLL load failed'):
+        create_backend(METRIC, kind='onnx')
+    without('torch')
+    with pytest.raises(ImportError, match='DLL load failed'):
+        create_backend(METRIC)
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One network in two precisions with a name, and without one."""
+    from pyiqa_clipkd.export import export
+    from pyiqa_clipkd.network import CLIPKDStudent
+
+    folder = tmp_path_factory.mktemp('exported')
+    network = CLIPKDStudent('timm:test_resnet', embed_dim=16, input_size=64)
+    tensors = {k: v for k, v in network.state_dict().items() if k != '_extra_state'}
+    weights = folder / 'a.safetensors'
+    write_weights(weights, tensors, {'config': network.config})
+    return {
+        'weights': weights,
+        'nameless': export(network, folder / 'nameless.onnx', form='squares'),
+        **{
+            precision: export(
+                'clipkd_resnet18',
+                folder / f'{precision}.onnx',
+                weights=weights,
+                form='squares',
+                precision=precision,
+            )
+            for precision in ('float32', 'float16')
+        },
+    }
+
+
+def test_rows_tell_exported_models_apart(exported: dict[str, Path]) -> None:
+    for precision, other in (('float32', 'clipkd_resnet18'), ('float16', None)):
+        path = exported[precision]
+        backend = create_backend(other, weights=path)
+        assert (backend.metric, backend.weights) == ('clipkd_resnet18', path.name)
+        assert backend.sha256 == file_hash(path)
+    nameless = create_backend(METRIC, weights=exported['nameless'])
+    assert nameless.sha256 == file_hash(exported['nameless'])
+
+
+def test_a_model_of_another_metric_is_refused(exported: dict[str, Path]) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r'float32.onnx is a model of clipkd_resnet18, not of clipkd_sw',
+    ):
+        create_backend('clipkd_swin', weights=exported['float32'])
+
+
+def test_only_an_onnx_file_is_a_model_for_onnxruntime(
+    exported: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r'must be an \.onnx file, .*a\.safetensors'):
+        create_backend(METRIC, kind='onnx', weights=exported['weights'])
+    capitals = tmp_path / 'X.ONNX'
+    shutil.copy(exported['float32'], capitals)
+    assert create_backend('clipkd_resnet18', weights=capitals).weights == 'X.ONNX'
 
 
 def test_weights_of_a_users_own_are_never_scored_with_a_graph_of_others(

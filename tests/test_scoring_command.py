@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scoring_data import METRIC, ODD, damaged, encoded, photograph, write_odd
+from torchvision.transforms.functional import to_tensor
 
 from pyiqa_clipkd.command import main
+from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.scoring.results import read_results
 
 COMMAND = [sys.executable, '-m', 'pyiqa_clipkd', 'score']
@@ -91,6 +94,7 @@ def test_selections(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(run) == 0
     assert capfd.readouterr().out == ''
     table = read_results('all.csv')
+    table['path'] = table['path'].map(os.path.relpath)
     ordered = list(table.sort_values('score', ascending=False)['path'])
     cameras = [next(p for p in ordered if f'camera{c}' in p) for c in (0, 1)]
     numbers = [next(p for p in ordered if f'IMG_{n}' in p) for n in (0, 1)]
@@ -160,6 +164,73 @@ def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
     assert process.wait() == 0
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='no head')
+def test_a_reader_that_goes_away_does_not_keep_rows_from_the_file(folder: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, 'photos', '-o', 'a.csv', '--paths-only'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert b'4 scored' in process.stderr.read()
+    assert process.wait() == 0
+    assert len(read_results('a.csv')) == 4
+
+
+def test_the_same_names_in_another_folder_are_other_photographs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ('camera0', 'camera1'):
+        monkeypatch.chdir(folder / name)
+        assert main(['score', '.', '-o', '../../all.csv', '--paths-only']) == 0
+        assert capfd.readouterr().out.splitlines() == ['IMG_0.jpg', 'IMG_1.jpg']
+    paths = sorted(str(path) for path in folder.rglob('*.jpg'))
+    assert sorted(read_results('../../all.csv')['path']) == paths
+
+
+def test_a_file_is_written_by_one_run_at_a_time(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = folder.parent / 'a.csv'
+    run = [*COMMAND, '-', '-o', 'a.csv', '--quiet']
+    with subprocess.Popen(run, stdin=subprocess.PIPE) as first:
+        while not output.exists():
+            time.sleep(0.01)
+        for option in ('--quiet', '--overwrite'):
+            assert main(['score', 'photos', '-o', str(output), option]) == 2
+            (line,) = capfd.readouterr().err.splitlines()
+            assert 'a.csv is being written by another run' in line
+        first.kill()
+    assert main(['score', 'photos', '-o', str(output)]) == 0
+    assert len(read_results(output)) == 4
+    assert set(folder.parent.iterdir()) == {folder, output}
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no such terminals')
+def test_ctrl_c_while_a_list_is_typed(folder: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, '-', '-o', 'a.csv', '--overwrite'], stdin=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        while not Path('a.csv').exists():
+            time.sleep(0.01)
+        time.sleep(0.3)  # until it waits for the list
+        process.send_signal(signal.SIGINT)
+        shown = b''
+        with contextlib.suppress(OSError):  # the other end was closed
+            while part := os.read(ours, 1 << 16):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 130
+    assert b'Fatal' not in shown
+    assert b'The same command without --overwrite goes on.' in shown
+
+
 @pytest.mark.skipif(sys.platform == 'win32', reason='no such terminals')
 def test_a_terminal_gets_a_progress_bar_and_a_pipe_none(folder: Path) -> None:
     import fcntl
@@ -200,11 +271,18 @@ def test_a_second_run_adds_what_is_new(
         assert main([*run]) == 3
         summary = capfd.readouterr().err
         assert '5 scored' in summary
-        assert 'photos/bad.jpg' in summary
+        assert 'photos/bad.jpg: not an image' in summary
     assert '6 were in results' in summary
+    assert 'not an image (in an earlier run)' in summary
     second = read_results(output)
     assert second.head(4).equals(first)
-    assert sorted(second['path'][4:]) == ['photos/bad.jpg', 'photos/new.jpg']
+    added = [str(folder / name) for name in ('bad.jpg', 'new.jpg')]
+    assert sorted(second['path'][4:]) == added
+    (folder / 'bad.jpg').write_bytes(encoded(photograph(8, (260, 250))))
+    assert main([*run]) == 3
+    assert main([*run, '--retry']) == 0
+    assert len(read_results(output)) == 6
+    (folder / 'bad.jpg').write_bytes(b'text')
     assert main([*run, '--crops', '1']) == 2
     assert 'holds scores of' in capfd.readouterr().err
     assert main([*run, '--crops', '1', '--overwrite']) == 3
@@ -216,6 +294,7 @@ def test_a_second_run_adds_what_is_new(
     [
         (['-o', 'a.txt'], 'must end in .csv, .jsonl, .parquet'),
         (['--overwrite'], 'needs a file'),
+        (['--retry'], 'needs a file'),
         (['-o', 'a.csv', '--format', 'csv'], '`--format` is for the screen'),
         (['--format', 'csv', '--paths-only'], 'either `--paths-only` or `--format`'),
         (['--format', 'xml'], 'invalid choice'),
@@ -282,6 +361,25 @@ def test_ctrl_c_leaves_whole_rows_and_says_how_to_go_on(folder: Path) -> None:
     assert b'The same command goes on.' in errors
     assert b'Traceback' not in errors
     assert 4 <= len(read_results('a.csv')) < 304
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no such pipes')
+def test_a_row_does_not_wait_for_the_next_path_of_a_list(folder: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, '-', '--quiet'], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for number in (0, 1):
+            process.stdin.write(f'photos/camera0/IMG_{number}.jpg\n'.encode())
+            process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], 20)
+            if not ready:
+                process.kill()
+            assert ready
+            assert f'IMG_{number}.jpg' in process.stdout.readline().decode()
+        process.stdin.close()
+    assert process.returncode == 0
 
 
 # --- slow -----------------------------------------------------------------------------
@@ -359,6 +457,10 @@ def test_300_bad_files_among_1000_good_ones(
     output = mixed.parent / 'some.csv'
     score(*some, '-o', str(output), '--quiet')
     assert _scores(output) == {path: whole_run[path] for path in some}
+    metric = CLIPKDMetric(METRIC)
+    for path in some:
+        image = to_tensor(Image.open(path).convert('RGB'))[None]
+        assert abs(float(metric(image)) - whole_run[path][0]) < 1e-3
 
 
 @pytest.mark.slow

@@ -80,8 +80,8 @@ def test_every_odd_file_is_scored_or_its_row_says_why_not(
         assert odd.error in row['error']
         assert odd.note in row['notes']
         assert (row['score'] is None) == bool(odd.error) == bool(row['error'])
-    for row in rows[-2:]:
-        assert row['error']
+    for row, error in zip(rows[-2:], ('no such file', 'a folder'), strict=True):
+        assert row['error'] == error
         assert row['score'] is None
     for row in rows:
         assert row['metric'] == METRIC
@@ -113,6 +113,24 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path.chmod(0)
     (row,) = rows_of([path], Brightness())
     assert 'permission' in row['error']
+
+
+def test_a_folder_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr('os.scandir', forbidden)
+    (row,) = rows_of([tmp_path], Brightness())
+    assert row['error'] == 'a folder that may not be read'
+
+
+def test_raw_data_are_not_taken_for_their_thumbnail(tmp_path: Path) -> None:
+    path = tmp_path / 'a.dng'
+    path.write_bytes(encoded(photograph(2), 'TIFF'))
+    (row,) = rows_of([path], Brightness())
+    assert "camera's raw data" in row['error']
 
 
 @torch.no_grad()
@@ -171,11 +189,14 @@ def test_what_fails_for_one_photograph_is_in_its_row_alone(
     worst = Brightness()(core.squares(photograph(0, (200, 290)), 32))[0][0]
     first = paths[0].parent / 'first.png'
     first.write_bytes(encoded(photograph(0, (200, 290)), 'PNG'))
-    rows = rows_of([first, *paths], Picky(), batch_size=batch_size)
+    gone = first.with_name('gone.png')  # is in the same batch
+    rows = rows_of([first, gone, *paths], Picky(), batch_size=batch_size)
     first.unlink()
+    assert all(row['seconds'] > 0 for row in rows)
     assert type(error).__name__ in rows[0]['error']
     assert '\n' not in rows[0]['error']
-    assert np.abs(scores_of(rows[1:]) - plain).max() <= 1e-5
+    assert rows[1]['error'] == 'no such file'
+    assert np.abs(scores_of(rows[2:]) - plain).max() <= 1e-5
 
 
 def test_a_decoder_that_breaks_is_an_error_of_the_row(
@@ -255,6 +276,28 @@ def test_large_photographs_wait_for_each_other(
             row['score'] for row in rows_of([path] * 12, Brightness(), workers=4)
         )
         assert most == expected
+
+
+def test_what_must_become_rgb_first_counts_thrice(tmp_path: Path) -> None:
+    path = tmp_path / 'a.png'
+    image = photograph(2)
+    pixels = image.width * image.height
+    for options, expected in (({}, 4), ({'transparency': (1, 2, 3)}, 12)):
+        path.write_bytes(encoded(image, 'PNG', **options))
+        assert core._decoded_bytes(path) == expected * pixels
+
+
+def test_seconds_are_without_the_wait_for_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(path: Path, **options: Any) -> Any:
+        time.sleep(0.05)
+        raise core.UnreadableError('slow')
+
+    monkeypatch.setattr(core, 'read_photograph', slow)
+    monkeypatch.setattr(core, 'MEMORY', 1)
+    rows = rows_of([folder / '3.jpg'] * 8, Brightness(), workers=8)
+    assert max(row['seconds'] for row in rows) < 0.2
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,20 @@ class TestFindPhotographs:
         given = b'other/e.jpg\0two\nlines.jpg\0'
         assert found('-', stdin=given, nul=True) == ['other/e.jpg', 'two\nlines.jpg']
 
+    def test_lists_from_windows(self) -> None:
+        given = b'\xef\xbb\xbfother/e.jpg\r\nlast.jpg\r\n'
+        assert found('-', stdin=given) == ['other/e.jpg', 'last.jpg']
+
+    @pytest.mark.skipif(sys.platform == 'win32', reason='no such names there')
+    def test_names_that_end_with_nul_are_taken_as_they_are(self) -> None:
+        given = b'\xef\xbb\xbfa.jpg\r\0b.jpg\r\0'
+        assert found('-', stdin=given, nul=True) == ['\ufeffa.jpg\r', 'b.jpg\r']
+
+    def test_photographs_that_pillow_lacks_come_through(self, tree: Path) -> None:
+        for name in ('c.HEIC', 'd.dng', 'e.xmp'):
+            (tree / 'other' / name).write_bytes(b'x')
+        assert found('other') == ['other/c.HEIC', 'other/d.dng', 'other/e.jpg']
+
     @pytest.mark.skipif(sys.platform != 'linux', reason='names are text elsewhere')
     def test_names_may_be_any_bytes(self) -> None:
         (path,) = find_photographs(['-'], stdin=io.BytesIO(b'caf\xe9.jpg\n'))
@@ -89,6 +103,14 @@ class TestFindPhotographs:
         except OSError:
             pytest.skip('no links here')
         assert found('photos') == [*PHOTOS[:2], 'photos/other/e.jpg', *PHOTOS[2:]]
+
+    def test_a_link_to_itself_is_left_out_alone(self, tree: Path) -> None:
+        try:
+            (tree / 'photos' / 'loop').symlink_to('loop')
+            (tree / 'photos' / 'loop.jpg').symlink_to('loop.jpg')
+        except OSError:
+            pytest.skip('no links here')
+        assert found('photos') == [*PHOTOS[:2], 'photos/loop.jpg', *PHOTOS[2:]]
 
     def test_files_come_before_the_last_folder_is_listed(
         self, tree: Path, monkeypatch: pytest.MonkeyPatch

@@ -52,8 +52,8 @@ def row(path: str, score: float | None = 3.25, **changes: Any) -> dict[str, Any]
 
 
 def opened(path: Path, **changes: Any) -> Results:
-    overwrite = changes.pop('overwrite', False)
-    return Results(path, LEVELS, {**IDENTITY, **changes}, overwrite=overwrite)
+    options = {key: changes.pop(key, False) for key in ('overwrite', 'retry')}
+    return Results(path, LEVELS, {**IDENTITY, **changes}, **options)
 
 
 def write(path: Path, *rows: dict[str, Any]) -> None:
@@ -179,6 +179,29 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({'path': 'a.jpg', 'score': 3.0}) + '\n')
     with pytest.raises(ValueError, match='no column score_100, level'):
         read_results(path)
+
+
+def test_bad_files_are_dropped_to_be_tried_again(path: Path) -> None:
+    good = [row(name, 2.5) for name in PATHS]
+    write(path, *good)
+    before = path.read_bytes()
+    path.unlink()
+    bad = [row('bad.jpg', None), row('worse.jpg', None, error='the file is empty')]
+    write(path, bad[0], *good[:3])
+    stop(path, *good[3:], bad[1])
+    with opened(path) as results:
+        assert results.errors['worse.jpg'] == 'the file is empty'
+        assert set(results.errors) == {'bad.jpg', 'worse.jpg'}
+    with opened(path, retry=True) as results:
+        assert set(results.done) == {results.key(name) for name in PATHS}
+        assert results.errors == {}
+    if path.suffix != '.parquet':
+        assert path.read_bytes() == before
+    with opened(path) as results:
+        results.add(row('bad.jpg'))
+    assert len(paths_in(path)) == len(PATHS) + 1
+    assert not read_results(path)['score'].isna().any()
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_an_ending_that_says_nothing_is_an_error(tmp_path: Path) -> None:

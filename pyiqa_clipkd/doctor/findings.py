@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from pyiqa_clipkd.doctor.processes import METRIC
 from pyiqa_clipkd.doctor.sections import (
     ABSENT,
     NO_GRAPH,
@@ -13,7 +12,7 @@ from pyiqa_clipkd.doctor.sections import (
     STARTUP_FILE,
     Report,
 )
-from pyiqa_clipkd.names import WEIGHTS_VARIABLE
+from pyiqa_clipkd.names import DEFAULT_METRIC, WEIGHTS_VARIABLE
 
 # Points by which torch and onnxruntime may differ.
 TOLERANCE = 0.005
@@ -50,8 +49,8 @@ def _hook_problems(hook: Report) -> Iterator[tuple[str, str]]:
             f'{STARTUP_FILE} is in no site-packages: pyiqa alone lacks our metrics.',
             f'{REINSTALL} (or write `import pyiqa_clipkd` where you use pyiqa).',
         )
-    elif METRIC not in fresh['names']:
-        yield f'A fresh pyiqa does not know {METRIC}.', REINSTALL
+    elif DEFAULT_METRIC not in fresh['names']:
+        yield f'A fresh pyiqa does not know {DEFAULT_METRIC}.', REINSTALL
 
 
 def _weights_problems(weights: Report) -> Iterator[tuple[str, str]]:
@@ -68,7 +67,7 @@ def _weights_problems(weights: Report) -> Iterator[tuple[str, str]]:
             mine = 'Copy or publish it again, or remove it.'
             remedy = REINSTALL if model['from'] == 'package' else mine
             yield f'{model["file"]}: {model["damage"]}', remedy
-        elif name == METRIC and model['file'] is None:
+        elif name == DEFAULT_METRIC and model['file'] is None:
             yield f'The package has lost its weights: {name}.', REINSTALL
 
 

@@ -9,13 +9,13 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyiqa_clipkd.names import DEFAULT_METRIC
+
 if TYPE_CHECKING:
     import numpy as np
 
 # Seconds: importing pyiqa takes ten on a busy machine, and longer from a cold disk.
 TIME_LIMIT = 180
-
-METRIC = 'clipkd_efficientnet_lite'
 
 # What each process runs; `answer` is what it found. The first must not import our
 # package: that would register the names which it looks for.
@@ -134,7 +134,7 @@ def _torch_score() -> float:
 
     pixels = torch.from_numpy(picture()).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
-        return float(CLIPKDMetric(METRIC)(pixels))
+        return float(CLIPKDMetric(DEFAULT_METRIC)(pixels))
 
 
 def of_onnxruntime() -> dict[str, Any]:
@@ -147,7 +147,7 @@ def of_onnxruntime() -> dict[str, Any]:
 
         from pyiqa_clipkd.runtime import Runtime
 
-        score = Runtime(METRIC).score(Image.fromarray(picture()))
+        score = Runtime(DEFAULT_METRIC).score(Image.fromarray(picture()))
         answer['score'] = float(score.score)
     except Exception as error:
         answer['error'] = _last_line(error)

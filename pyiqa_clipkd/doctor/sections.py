@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from pyiqa_clipkd import __version__
-from pyiqa_clipkd.doctor.processes import METRIC
+from pyiqa_clipkd.description import ONNX
 from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.models import describe, models
-from pyiqa_clipkd.names import PREFIX, SUFFIX, WEIGHTS_VARIABLE, weights_folder
+from pyiqa_clipkd.names import (
+    DEFAULT_METRIC,
+    PREFIX,
+    SUFFIX,
+    WEIGHTS_VARIABLE,
+    weights_folder,
+)
 
 PACKAGE = 'pyiqa-clipkd'
 DISTRIBUTIONS = (
@@ -104,7 +110,7 @@ def weights() -> Report:
             name
             for name in files
             if not (name.startswith(PREFIX) and name.endswith(SUFFIX))
-            and Path(name).suffix not in ('.md', '.onnx')
+            and Path(name).suffix not in ('.md', ONNX)
         ],
         'metrics': {
             model.name: {
@@ -173,8 +179,8 @@ def environment() -> Report:
 
 def self_test(found: Report) -> Report:
     """The score of one generated picture by every backend there is."""
-    has_graph = describe(METRIC).onnx is not None
-    result: Report = {'metric': METRIC}
+    has_graph = describe(DEFAULT_METRIC).onnx is not None
+    result: Report = {'metric': DEFAULT_METRIC}
     for name in ('torch', 'onnxruntime'):
         if name not in found:
             result[name] = ABSENT

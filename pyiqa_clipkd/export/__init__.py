@@ -11,6 +11,7 @@ import torch
 
 from pyiqa_clipkd import __version__
 from pyiqa_clipkd.description import (
+    EXTERNAL,
     FORMS,
     KEY,
     ONNX,
@@ -36,7 +37,6 @@ from pyiqa_clipkd.network import QualityNetwork
 
 TORCH = '.pt2'
 PRECISIONS = ('float32', 'float16', 'int8')
-EXTERNAL = 'external'
 
 # Photographs that set the ranges of eight-bit values. They are not measured on.
 CALIBRATION = 32

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pyiqa_clipkd.description import KEY, ONNX, PHOTOGRAPHS, Description
-from pyiqa_clipkd.images import read_photograph, squares
+from pyiqa_clipkd.images import UnreadableError, read_photograph, squares
 from pyiqa_clipkd.network import QualityNetwork
 from pyiqa_clipkd.runtime import Runtime
 
@@ -73,9 +73,40 @@ def check_photographs(folder: str | Path | None = None) -> list[Path]:
     return files
 
 
+def without_unreadable(
+    files: Sequence[Path],
+) -> tuple[list[Path], list[UnreadableError]]:
+    """The files that can be read, and what is wrong with the others.
+
+    Raises:
+        ValueError: if there are less than two.
+    """
+    good, errors = [], []
+    for path in files:
+        try:
+            _read(path)
+        except UnreadableError as error:
+            errors.append(error)
+        else:
+            good.append(path)
+    if len(good) < 2:
+        raise ValueError(
+            f'The check needs two photographs or more, but {files[0].parent} has '
+            f'{len(good)} that can be read: {"; ".join(map(str, errors))}.'
+        )
+    return good, errors
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return read_photograph(path).image
+    except UnreadableError as error:
+        raise UnreadableError(f'{path}: {error}') from error
+
+
 def model_input(path: Path, description: Description) -> np.ndarray:
     """A photograph as a batch of one, as the model takes it."""
-    image = read_photograph(path).image
+    image = _read(path)
     if description.input == PHOTOGRAPHS:
         return np.asarray(image)[None]
     return squares(image, description.input_size)
@@ -93,7 +124,7 @@ def differences(
 @torch.inference_mode()
 def eager_score(network: QualityNetwork, path: Path) -> float:
     """The score of a photograph by torch alone."""
-    pixels = torch.from_numpy(np.array(read_photograph(path).image))
+    pixels = torch.from_numpy(np.array(_read(path)))
     return float(network(pixels.permute(2, 0, 1)[None].float() / 255))
 
 

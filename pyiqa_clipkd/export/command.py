@@ -9,9 +9,14 @@ from pathlib import Path
 
 from pyiqa_clipkd.description import FORMS, ONNX, PHOTOGRAPHS
 from pyiqa_clipkd.export import PRECISIONS, TORCH, export
-from pyiqa_clipkd.export.check import Differences, check_photographs, differences
+from pyiqa_clipkd.export.check import (
+    Differences,
+    check_photographs,
+    differences,
+    without_unreadable,
+)
 from pyiqa_clipkd.metric import CLIPKDMetric
-from pyiqa_clipkd.names import METRICS
+from pyiqa_clipkd.names import DEFAULT_METRIC
 
 # What a score may move by, in points, before the command calls the export a failure.
 # Eight bits have no such bound: the loss is told, and what is much of it (median).
@@ -22,7 +27,7 @@ MUCH = 0.01
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of `pyiqa-clipkd export`."""
     add = parser.add_argument
-    add('-m', '--metric', required=True, help=f'for instance {[*METRICS][-1]}')
+    add('-m', '--metric', required=True, help=f'for instance {DEFAULT_METRIC}')
     add('output', type=Path, help=f'ends with {ONNX} or {TORCH} (torch.export)')
     add('--weights', type=Path, metavar='FILE', help="instead of the metric's own")
     add(
@@ -49,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         0, 1 if scores moved further than the precision explains, 2 on a mistake.
     """
     try:
-        files = check_photographs(arguments.check)
+        files, errors = without_unreadable(check_photographs(arguments.check))
+        for error in errors:
+            print(f'{error}: left out of the check.', file=sys.stderr)
         measured = _exported(arguments, files)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f'pyiqa-clipkd export: error: {error}', file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyiqa_clipkd.names import HIGHEST, LOWEST
+from pyiqa_clipkd.scale import level_scores
 
 HEIGHT, TOP, BOTTOM = 230, 22, 34  # pixels: all, above the bars, below them
 FOOT = HEIGHT - BOTTOM
@@ -57,8 +58,8 @@ class Axis(NamedTuple):
 
 def score_axis(levels: Sequence[str]) -> Axis:
     """The scale from 1 to 5 in steps of a quarter, with the levels' names."""
-    places = np.linspace(LOWEST, HIGHEST, len(levels))
-    ticks = [(p, f'{p:g} {word}') for p, word in zip(places, levels, strict=True)]
+    pairs = zip(level_scores(levels), levels, strict=True)
+    ticks = [(place, f'{place:g} {word}') for place, word in pairs]
     return Axis(SCORE_EDGES, ticks)
 
 

@@ -9,9 +9,9 @@ from html import escape
 import numpy as np
 
 from pyiqa_clipkd.difference import Difference
-from pyiqa_clipkd.names import HIGHEST, LOWEST
 from pyiqa_clipkd.report.charts import Axis
 from pyiqa_clipkd.runs import Run
+from pyiqa_clipkd.scale import level_scores
 
 MOST_BAD = 200  # rows of the list of bad files; the table has all of them
 
@@ -48,12 +48,12 @@ def description_list(pairs: Sequence[tuple[str, str]]) -> str:
 
 def meaning(levels: Sequence[str]) -> str:
     """What a score says, in plain words."""
-    places = np.linspace(LOWEST, HIGHEST, len(levels))
-    names = ', '.join(f'{p:g} {w}' for p, w in zip(places, levels, strict=True))
+    pairs = zip(level_scores(levels), levels, strict=True)
+    names = ', '.join(f'{place:g} {word}' for place, word in pairs)
     return escape(
         f'A score is the level that people would give on average: {names}. Higher is '
-        'better. It is an estimate: for a single photograph a difference below 0.3 '
-        'means little; means over many photographs are far more certain.'
+        'better. It is an estimate: of single photographs small differences mean '
+        'little; means over many are far more certain.'
     )
 
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pyiqa_clipkd.description import ONNX, SQUARES
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.locations import find_weights
-from pyiqa_clipkd.names import METRICS, user_names
+from pyiqa_clipkd.names import DEFAULT_METRIC, METRICS, user_names
 
 KINDS = ('auto', 'torch', 'onnx')
 DEVICES = ('auto', 'cpu', 'cuda', 'mps')
-ONNX_SUFFIX = '.onnx'
 
 # Squares at once on a GPU. A CPU is fastest with one a thread: what a layer gives stays
 # in the cache for the next one.
@@ -99,8 +99,7 @@ class TorchBackend:
         self.batch_size = 1 if device == 'cpu' else GPU_BATCH
         self.device = device
         torch.set_num_threads(threads or 1)
-        network = network.requires_grad_(False).to(device)
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(device)
 
     def __call__(self, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         import torch
@@ -116,7 +115,7 @@ class TorchBackend:
 
 
 def create_backend(
-    metric: str,
+    metric: str | None,
     *,
     kind: str = 'auto',
     device: str = 'auto',
@@ -127,9 +126,10 @@ def create_backend(
     """Make a metric ready to score.
 
     Args:
-        metric: its name, for instance `clipkd_efficientnet_lite`.
+        metric: its name; `None`: that of the .onnx file in `weights`, or else
+            `clipkd_efficientnet_lite`.
         kind: `torch`, `onnx`, or `auto`: onnxruntime on a processor, where it is
-            installed and the metric has a graph for it, and else torch.
+            installed and works and the metric has a graph for it, and else torch.
         device: `cpu`, `cuda`, `mps`, or `auto`: the best that is there.
         threads: processor threads of one forward pass; by default 1, for several
             photographs are scored at a time.
@@ -139,18 +139,22 @@ def create_backend(
     Raises:
         ValueError: if an argument is wrong, or two don't fit together.
         FileNotFoundError: if there are no weights.
-        ModuleNotFoundError: if the library isn't installed.
+        ImportError: if the library isn't installed, or broken.
     """
-    _check(metric, kind, device, weights)
-    is_graph = weights is not None and weights.suffix.lower() == ONNX_SUFFIX
-    if kind == 'onnx' or is_graph:
+    _check(kind, device, weights)
+    if weights is not None and (kind == 'onnx' or weights.suffix.lower() == ONNX):
         _check_onnx(kind, device, input_size)
-        return _onnx(str(weights) if weights else metric, threads)
+        return _onnx_file(weights, metric, threads)
+    metric = metric or DEFAULT_METRIC
+    _check_metric(metric)
+    if kind == 'onnx':
+        _check_onnx(kind, device, input_size)
+        return _onnx(metric, threads)
     graph_fits = kind == 'auto' and weights is None and input_size is None
     if graph_fits and find_spec('onnxruntime') and resolve_device(device) == 'cpu':
         try:
             return _onnx(metric, threads)
-        except FileNotFoundError:  # no graph of it: torch has its weights
+        except (FileNotFoundError, ImportError):  # no graph of it, or a broken library
             if find_spec('torch') is None:
                 raise
     if find_spec('torch') is None:
@@ -203,7 +207,7 @@ def _may_have_gpu() -> bool:
     return bool([*Path('/dev').glob('nvidia[0-9]*'), *Path('/dev').glob('dxg')])
 
 
-def _check(metric: str, kind: str, device: str, weights: Path | None) -> None:
+def _check(kind: str, device: str, weights: Path | None) -> None:
     for name, value, allowed in (('kind', kind, KINDS), ('device', device, DEVICES)):
         if value not in allowed:
             raise ValueError(
@@ -211,6 +215,9 @@ def _check(metric: str, kind: str, device: str, weights: Path | None) -> None:
             )
     if weights is not None and not weights.is_file():
         raise FileNotFoundError(f'There is no weight file {weights}.')
+
+
+def _check_metric(metric: str) -> None:
     names = [*METRICS, *user_names()]
     if metric not in names:
         close = get_close_matches(metric, names, 1)
@@ -229,12 +236,26 @@ def _check_onnx(kind: str, device: str, input_size: int | None) -> None:
         raise ValueError('`input_size` of an ONNX graph is fixed: use --backend torch.')
 
 
-def _onnx(model: str, threads: int | None) -> Backend:
+def _onnx_file(path: Path, metric: str | None, threads: int | None) -> Backend:
+    """A model in a file, which must be that of the metric if both have a name."""
+    if path.suffix.lower() != ONNX:
+        raise ValueError(
+            f'`weights` for onnxruntime must be an {ONNX} file, but got {path}: make '
+            'one with `pyiqa-clipkd export`, or take --backend torch.'
+        )
+    backend = _onnx(path, threads)
+    if metric and backend.metric and metric != backend.metric:
+        raise ValueError(
+            f'`weights`: {path.name} is a model of {backend.metric}, not of {metric}.'
+        )
+    return backend
+
+
+def _onnx(model: str | Path, threads: int | None) -> Backend:
     if find_spec('onnxruntime') is None:
         raise ModuleNotFoundError(
             'onnxruntime is not installed: `pip install onnxruntime`.'
         )
-    from pyiqa_clipkd.description import SQUARES
     from pyiqa_clipkd.runtime import Runtime
 
     runtime = Runtime(model, threads=threads or 1)

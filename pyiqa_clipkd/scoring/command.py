@@ -4,29 +4,30 @@ A PATH is a file, a folder (with all below it), a pattern in quotes ('photos/**/
 or - for a list on standard input. Scores go from 1 (bad) to 5 (perfect).
 
 The screen gets a line a photograph: score, level, path. With -o the rows go to a file
-instead: CSV, JSONL or Parquet. The same command goes on where a run was stopped; it
-skips what the file has. Files that can't be read are named, in their row or on standard
-error, and the run goes on.
+instead, with absolute paths: CSV, JSONL or Parquet. The same command goes on where a
+run was stopped; it skips what the file has. Files that can't be read are named, in
+their row or on standard error, and the run goes on.
 
 Exit codes:
   0    all were scored, and with --min-score none is below it
   1    some scores are below --min-score
   2    wrong usage, or results can't be written
   3    some files could not be scored (also if others are below --min-score)
+  70   a bug: please report what is shown
   130  stopped with Ctrl-C
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.scoring.files import STDIN
+from pyiqa_clipkd.scoring.pillow import prepare_pillow
 from pyiqa_clipkd.scoring.results import check_ending
 from pyiqa_clipkd.scoring.selection import FOLDER, grouping
 
@@ -34,23 +35,23 @@ if TYPE_CHECKING:
     from pyiqa_clipkd.scoring.backends import Backend
     from pyiqa_clipkd.scoring.session import Tally
 
-DEFAULT_METRIC = 'clipkd_efficientnet_lite'
-
 # Exit codes.
-FINE, BELOW, WRONG_USAGE, UNREADABLE, INTERRUPTED = 0, 1, 2, 3, 130
-
-# Pillow reads these when it is imported. Up to 256 MB of what decoded photographs took
-# are kept for the next ones: decoding 12 megapixels takes half the time so. Of blocks
-# this large the rest goes back to the system at once.
-PILLOW_MEMORY = {'PILLOW_BLOCKS_MAX': '4', 'PILLOW_BLOCK_SIZE': '64m'}
+FINE, BELOW, UNREADABLE, INTERRUPTED = 0, 1, 3, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('paths', nargs='+', metavar='PATH', help=f'file, folder, pattern or {STDIN}')
-    add('-m', '--metric', default=DEFAULT_METRIC, help='default: %(default)s')
+    help_text = f'default: {DEFAULT_METRIC}, or that of an .onnx file'
+    add('-m', '--metric', help=help_text)
     add('-o', '--output', type=Path, metavar='FILE', help='.csv, .jsonl or .parquet')
-    add('--overwrite', action='store_true', help='begin FILE anew')
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument('--overwrite', action='store_true', help='begin FILE anew')
+    again.add_argument(
+        '--retry',
+        action='store_true',
+        help='drop the rows of FILE that have an error, and score these files again',
+    )
     _add_screen(parser.add_argument_group('what is shown'))
     _add_network(parser.add_argument_group('how it is scored'))
 
@@ -119,8 +120,7 @@ def _whole(least: int) -> Callable[[str], int]:
 def run(arguments: argparse.Namespace) -> int:
     """`pyiqa-clipkd score`; returns the exit code."""
     check(arguments)
-    for name, value in PILLOW_MEMORY.items():
-        os.environ.setdefault(name, value)
+    prepare_pillow()
     from PIL import Image
 
     from pyiqa_clipkd.images import MAX_PIXELS
@@ -132,9 +132,6 @@ def run(arguments: argparse.Namespace) -> int:
         Image.MAX_IMAGE_PIXELS = max(arguments.max_pixels, MAX_PIXELS)
     else:
         arguments.max_pixels = MAX_PIXELS
-    # Of damaged metadata and the like: what matters is in the rows.
-    warnings.filterwarnings('ignore', module='PIL')
-    warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
     backend: Backend = create_backend(
         arguments.metric,
         kind=arguments.backend,
@@ -170,6 +167,8 @@ def check(arguments: argparse.Namespace) -> None:
         check_ending(arguments.output)
     elif arguments.overwrite:
         raise ValueError('`--overwrite` needs a file: -o FILE.')
+    elif arguments.retry:
+        raise ValueError('`--retry` needs a file: -o FILE.')
     if arguments.output and arguments.format:
         raise ValueError('`--format` is for the screen: the ending of -o says it.')
     if arguments.paths_only and arguments.format:

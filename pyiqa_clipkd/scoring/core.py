@@ -23,8 +23,9 @@ from pyiqa_clipkd.images import (
     read_photograph,
     squares,
 )
-from pyiqa_clipkd.names import HIGHEST, LOWEST
+from pyiqa_clipkd.scale import level_of, to_100
 from pyiqa_clipkd.scoring.backends import Backend
+from pyiqa_clipkd.scoring.files import is_raw
 from pyiqa_clipkd.scoring.tables import PROBABILITY, Row, columns
 
 # Bytes of decoded photographs that all workers together hold at a time: two upright
@@ -45,7 +46,7 @@ R = TypeVar('R')
 
 
 def score_paths(
-    paths: Iterable[Path],
+    paths: Iterable[Path | None],
     backend: Backend,
     *,
     crops: int = 0,
@@ -59,7 +60,8 @@ def score_paths(
     photograph alone: not on the order, on `batch_size` (beyond 1e-5) or on `workers`.
 
     Args:
-        paths: read as they're needed.
+        paths: read as they're needed. `None` says that the next is not there yet:
+            rows that are ready need not wait for it.
         backend: see `create_backend`.
         crops: squares at the photograph's own resolution, scored beside the whole; the
             score is the mean.
@@ -103,15 +105,16 @@ def default_workers() -> int:
 
 
 def _in_order(
-    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int
+    function: Callable[[T], R], items: Iterable[T | None], workers: int, ahead: int
 ) -> Iterator[R]:
-    """`map` by threads that work at most `ahead` items ahead of what was taken."""
+    """`map` by threads that work at most `ahead` items ahead; `None` is no item."""
     executor = ThreadPoolExecutor(workers)
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
-            waiting.append(executor.submit(function, item))
-            if len(waiting) >= ahead or waiting[0].done():
+            if item is not None:
+                waiting.append(executor.submit(function, item))
+            while waiting and (len(waiting) >= ahead or waiting[0].done()):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -157,6 +160,8 @@ class _Engine:
         pixels = None
         try:
             with self.memory.take(_decoded_bytes(path)):
+                start = time.perf_counter()  # without the wait for other photographs
+                _refuse(path)
                 photograph = read_photograph(path, max_pixels=self.max_pixels)
                 row['width'], row['height'] = photograph.width, photograph.height
                 row['format'] = photograph.format
@@ -183,7 +188,7 @@ class _Engine:
             self._add_scores(good)
         except Exception as error:
             if len(good) > 1:  # one of them, or all at once were too many
-                for one in good:
+                for one in batch:
                     self.add_scores([one])
                 return
             for one in good:
@@ -230,17 +235,22 @@ def _batches(
 
 
 def _described(score: float, levels: Sequence[str]) -> dict[str, Any]:
-    share = (score - LOWEST) / (HIGHEST - LOWEST)
     return {
         'score': round(score, DIGITS),
-        'score_100': round(100 * share, DIGITS - 2),
+        'score_100': round(to_100(score), DIGITS - 2),
         'level': level_of(score, levels),
     }
 
 
-def level_of(score: float, levels: Sequence[str]) -> str:
-    """The word that is nearest to a score; they lie evenly from 1 to 5."""
-    return levels[round((score - LOWEST) / (HIGHEST - LOWEST) * (len(levels) - 1))]
+def _refuse(path: Path) -> None:
+    """What Pillow would describe wrongly, or take its thumbnail for it."""
+    if is_raw(path):
+        raise UnreadableError("a camera's raw data: develop it first")
+    if path.is_dir():
+        try:
+            os.scandir(path).close()
+        except OSError:
+            raise UnreadableError('a folder that may not be read') from None
 
 
 def _reason(error: Exception) -> str:
@@ -258,7 +268,7 @@ def _decoded_bytes(path: Path) -> int:
     try:
         with Image.open(path) as image:
             pixels = image.width * image.height
-            plain = image.mode == 'RGB'
+            plain = image.mode == 'RGB' and 'transparency' not in image.info
             if plain and image.format in ('JPEG', 'MPO'):  # others must be decoded
                 plain = image.getexif().get(ORIENTATION, UPRIGHT) == UPRIGHT
     except Exception:  # whatever it is, `read_photograph` will say so

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from queue import Empty, Queue
 from typing import BinaryIO
 
 STDIN = '-'
@@ -15,8 +19,17 @@ STDIN = '-'
 # program for it.
 NO_PHOTOGRAPHS = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 
+# Photographs that Pillow has no decoder for, unless an add-on brings it: they come
+# through with those it has, for their rows to say so. A raw file may look like a TIFF
+# with a thumbnail.
+RAW = frozenset(('.cr2', '.cr3', '.nef', '.arw', '.dng', '.raf', '.orf', '.rw2'))
+FOREIGN = RAW | {'.heic', '.heif'}
+
 # Bytes that are read from a list at once.
 CHUNK = 1 << 16
+
+# Seconds to wait for the next path of a list before others are told.
+PATIENCE = 0.1
 
 
 def find_photographs(
@@ -44,6 +57,48 @@ def find_photographs(
                 yield Path(file)
 
 
+def unbuffered_stdin() -> BinaryIO:
+    """Standard input without a lock: a thread may wait for it when the process ends."""
+    return open(sys.stdin.fileno(), 'rb', buffering=0, closefd=False)
+
+
+def listed_ahead(
+    paths: Iterator[Path], found: Callable[[], None] | None = None, *, most: int = 0
+) -> Iterator[Path | None]:
+    """The same paths, found by a thread; `None` now and then while there is none yet.
+
+    Args:
+        paths: searched in the thread.
+        found: called for each path, there.
+        most: paths to be found ahead; 0 for any number.
+    """
+    queue: Queue[Path | BaseException | None] = Queue(most)
+
+    def search() -> None:
+        end = None
+        try:
+            for path in paths:
+                if found is not None:
+                    found()
+                queue.put(path)
+        except BaseException as error:
+            end = error
+        queue.put(end)
+
+    threading.Thread(target=search, daemon=True).start()
+    while True:
+        try:
+            item = queue.get(timeout=PATIENCE)
+        except Empty:
+            yield None
+            continue
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
 def _named(paths: Sequence[str], stdin: BinaryIO | None, end: bytes) -> Iterator[str]:
     for path in paths:
         if path == STDIN and stdin is not None:
@@ -56,17 +111,21 @@ def _named(paths: Sequence[str], stdin: BinaryIO | None, end: bytes) -> Iterator
 
 def _entries(stream: BinaryIO, end: bytes) -> Iterator[str]:
     """The entries of a list, as soon as they're there; names may be any bytes."""
+    begin = codecs.BOM_UTF8
+    for entry in _split(stream, end):
+        if end == b'\n':  # lists from Windows
+            entry, begin = entry.removeprefix(begin).removesuffix(b'\r'), b''
+        if entry:
+            yield os.fsdecode(entry)
+
+
+def _split(stream: BinaryIO, end: bytes) -> Iterator[bytes]:
     rest = b''
     read = getattr(stream, 'read1', stream.read)
     while chunk := read(CHUNK):
         *whole, rest = (rest + chunk).split(end)
-        yield from (os.fsdecode(name) for name in map(_stripped, whole) if name)
-    if name := _stripped(rest):
-        yield os.fsdecode(name)
-
-
-def _stripped(entry: bytes) -> bytes:
-    return entry.removesuffix(b'\r')  # lists from Windows
+        yield from whole
+    yield rest
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -88,7 +147,7 @@ def _below(path: str, folders: set[tuple[int, int]]) -> Iterator[str]:
     try:
         status = os.stat(path)
         with os.scandir(path) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
+            found = sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError:
         yield path
         return
@@ -105,9 +164,23 @@ def _below(path: str, folders: set[tuple[int, int]]) -> Iterator[str]:
             yield os.path.join(path, name)
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or to where we may not look
+        return False
+
+
 def is_image_name(name: str) -> bool:
     """Whether a name ends like that of an image."""
-    return os.path.splitext(name)[1].lower() in _image_endings()
+    ending = os.path.splitext(name)[1].lower()
+    return ending in FOREIGN or ending in _image_endings()
+
+
+def is_raw(path: Path) -> bool:
+    """Whether a file is a camera's raw data, going by a name that Pillow lacks."""
+    ending = path.suffix.lower()
+    return ending in RAW and ending not in _image_endings()
 
 
 @cache

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.scoring.tables import (
     ENDINGS,
     FIRST,
     LAST,
     PARQUET,
-    PROBABILITY,
     TEXT_FORMATS,
     Row,
     columns,
@@ -68,9 +69,11 @@ class Results:
         levels: the metric's words.
         identity: `metric`, `sha256`, `crops`, `input_size` of the rows to come.
         overwrite: begin anew, whatever the file holds.
+        retry: drop the rows with an error, for these files to be scored again.
 
     Attributes:
         done: path -> score of the photographs in the file, `None` for a bad one.
+        errors: path -> error of the bad ones.
 
     Raises:
         ValueError: if the file holds something else, or scores of another kind.
@@ -83,6 +86,7 @@ class Results:
         identity: Mapping[str, Any],
         *,
         overwrite: bool = False,
+        retry: bool = False,
     ) -> None:
         self.path = path
         self.names = columns(levels)
@@ -91,17 +95,21 @@ class Results:
         self.rows_path = journal_path(path) if self.is_parquet else path
         self.format = TEXT_FORMATS[self.rows_path.suffix.lower()]
         self.done: dict[str, float | None] = {}
+        self.errors: dict[str, str] = {}
         if overwrite:
             self.rows_path.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         if self.is_parquet and path.exists():
             for row in _read(path, parquet_rows(path)):
                 self._take(row)
-        self.file = self._opened()
+        self.file = self._opened(retry)
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self, retry: bool) -> BinaryIO:
         """The file of rows, ready to be appended to."""
         end = self._read_rows() if self.rows_path.exists() else 0
+        if retry and self.errors:
+            self._drop_errors()
+            end = self.rows_path.stat().st_size if end else 0
         self.rows_path.parent.mkdir(parents=True, exist_ok=True)
         file = self.rows_path.open('ab')
         if end == 0:
@@ -129,6 +137,23 @@ class Results:
                 self._take(row)
         return end
 
+    def _drop_errors(self) -> None:
+        for key in self.errors:
+            del self.done[key]
+        self.errors.clear()
+        if self.is_parquet and self.path.exists():
+            write_parquet(self.path, self.names, _good(parquet_rows(self.path)))
+        if self.rows_path.exists():
+            target = Path(os.path.realpath(self.rows_path))  # a link stays one
+            with (
+                self.rows_path.open('rb') as file,
+                written_whole(target) as partial,
+                partial.open('wb') as new,
+            ):
+                new.write(self.format.header(self.names))
+                rows = (record.row for record in self.format.records(file))
+                new.writelines(map(self.format.encode, _good(rows)))
+
     def _take(self, row: Row) -> None:
         if [*row] != self.names:
             raise ValueError(_other(self.path, self.names))
@@ -138,7 +163,12 @@ class Results:
                 f'{self.path} holds scores of {_words(found)}, but these are of '
                 f'{_words(self.identity)}. Choose another file, or --overwrite it.'
             )
-        self.done[self.key(row['path'])] = row['score']
+        key = self.key(row['path'])
+        self.done[key] = row['score']
+        if row['score'] is None:
+            self.errors[key] = row['error']
+        else:
+            self.errors.pop(key, None)
 
     def key(self, path: str) -> str:
         """A path as `done` has it."""
@@ -180,6 +210,10 @@ class Results:
         if kind is None:
             self.finish()
         self.file.close()
+
+
+def _good(rows: Iterator[Row]) -> Iterator[Row]:
+    return (row for row in rows if row['score'] is not None)
 
 
 def _read(path: Path, rows: Iterator[Any]) -> Iterator[Any]:
@@ -251,9 +285,3 @@ def read_results(path: Path | str) -> pandas.DataFrame:
         else:
             table[name] = table[name].fillna('').astype(object)
     return table
-
-
-def levels_of(table: pandas.DataFrame) -> list[str]:
-    """The words of a table's probabilities, from worst to best."""
-    names = [str(name) for name in table if str(name).startswith(PROBABILITY)]
-    return [name.removeprefix(PROBABILITY) for name in names]

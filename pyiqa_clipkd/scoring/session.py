@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
+from pyiqa_clipkd.command import silence
 from pyiqa_clipkd.scoring.backends import Backend
 from pyiqa_clipkd.scoring.core import SHORT_HASH, default_workers, level_of, score_paths
-from pyiqa_clipkd.scoring.files import STDIN, find_photographs
+from pyiqa_clipkd.scoring.files import (
+    STDIN,
+    find_photographs,
+    listed_ahead,
+    unbuffered_stdin,
+)
+from pyiqa_clipkd.scoring.locks import locked
 from pyiqa_clipkd.scoring.results import Results
 from pyiqa_clipkd.scoring.selection import (
     BestOfGroups,
@@ -29,13 +34,16 @@ from pyiqa_clipkd.scoring.tables import TEXT_FORMATS, Row, columns
 # Bad files that the summary names, where a results file has them all.
 NAMED = 5
 
+# Paths of a list that are read ahead.
+AHEAD = 1000
+
 
 class Tally:
     """What the summary and the exit code are made of."""
 
     def __init__(self, min_score: float | None) -> None:
         self.least = float('-inf') if min_score is None else min_score
-        self.scored = self.known = self.bad = self.below = 0
+        self.scored = self.known = self.bad = self.known_bad = self.below = 0
         self.total = 0.0
         self.first_bad: list[str] = []
         self.start = time.perf_counter()
@@ -81,6 +89,7 @@ class Session:
         """Score, write, show; then the summary."""
         with ExitStack() as stack:
             if self.arguments.output:
+                stack.enter_context(locked(self.arguments.output))
                 self.results = stack.enter_context(self._opened())
             self.bar = self._progress_bar(stack)
             self.tally.start = time.perf_counter()
@@ -101,16 +110,23 @@ class Session:
             'crops': self.arguments.crops,
             'input_size': backend.input_size,
         }
-        overwrite = self.arguments.overwrite
-        path = self.arguments.output
-        return Results(path, backend.levels, identity, overwrite=overwrite)
+        return Results(
+            self.arguments.output,
+            backend.levels,
+            identity,
+            overwrite=self.arguments.overwrite,
+            retry=self.arguments.retry,
+        )
 
     def _rows(self) -> Iterator[Row]:
         given = self.arguments.paths
-        stdin = sys.stdin.buffer if STDIN in given else None
-        paths = find_photographs(given, stdin=stdin, nul=self.arguments.null)
-        if self.bar is not None:
-            paths = _listed_ahead(paths, self._add_to_total)
+        stdin = unbuffered_stdin() if STDIN in given else None
+        found = find_photographs(given, stdin=stdin, nul=self.arguments.null)
+        paths: Iterator[Path | None] = found
+        if self.bar is not None:  # all of them: the total should appear early
+            paths = listed_ahead(found, self._add_to_total)
+        elif stdin is not None:  # whoever writes the list may wait for our answers
+            paths = listed_ahead(found, most=AHEAD)
         threads = self.arguments.threads or 1
         yield from score_paths(
             self._unknown(paths),
@@ -121,25 +137,33 @@ class Session:
             max_pixels=self.arguments.max_pixels,
         )
 
-    def _unknown(self, paths: Iterable[Path]) -> Iterator[Path]:
+    def _unknown(self, paths: Iterable[Path | None]) -> Iterator[Path | None]:
         """Those that the results file hasn't got; the others are counted and shown."""
         if self.results is None:
             yield from paths
             return
         done = self.results.done
         for path in paths:
-            key = self.results.key(str(path))
+            if path is None:
+                yield None
+                continue
+            key = self.results.key(os.path.abspath(path))
             if key not in done:
                 yield path
                 continue
             score = done[key]
             level = '' if score is None else level_of(score, self.backend.levels)
+            row = {'path': str(path), 'score': score, 'level': level}
+            if score is None:
+                row['error'] = f'{self.results.errors[key]} (in an earlier run)'
+                self.tally.known_bad += 1
             self.tally.known += 1
-            self._take({'path': str(path), 'score': score, 'level': level}, new=False)
+            self._take(row, new=False)
 
     def _take(self, row: Row, *, new: bool = True) -> None:
         if new and self.results is not None:
-            self.results.add(row)
+            # Whatever the folder of the next run: its paths must mean the same files.
+            self.results.add({**row, 'path': os.path.abspath(row['path'])})
         enough = self.tally.add(row)
         if self.bar is not None:
             self.bar.update()
@@ -167,9 +191,14 @@ class Session:
             self._write(words.encode() + path + b'\n')
 
     def _write(self, line: bytes) -> None:
-        with self._above_bar():
-            sys.stdout.buffer.write(line)
-            sys.stdout.buffer.flush()
+        try:
+            with self._above_bar():
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+        except BrokenPipeError:  # `| head` has seen enough, but the file has not
+            if self.results is None:
+                raise
+            silence(sys.stdout)
 
     def _above_bar(self) -> AbstractContextManager[None]:
         if self.bar is None:
@@ -193,10 +222,11 @@ class Session:
     def interrupted(self) -> None:
         """The user has stopped the run."""
         self._summarize()
+        text = 'Stopped.'
         if self.arguments.output:
-            print('Stopped. The same command goes on.', file=sys.stderr)
-        else:
-            print('Stopped.', file=sys.stderr)
+            but = ' without --overwrite' if self.arguments.overwrite else ''
+            text += f' The same command{but} goes on.'
+        print(text, file=sys.stderr)
 
     def _summarize(self) -> None:
         if not self.arguments.quiet:
@@ -214,31 +244,10 @@ def _selection(arguments: argparse.Namespace) -> Selection:
     return Everything()
 
 
-def _listed_ahead(paths: Iterator[Path], found: Callable[[], None]) -> Iterator[Path]:
-    """The same paths, found by a thread of its own, for a total to appear early."""
-    queue: SimpleQueue[Path | BaseException | None] = SimpleQueue()
-
-    def search() -> None:
-        end = None
-        try:
-            for path in paths:
-                found()
-                queue.put(path)
-        except BaseException as error:
-            end = error
-        queue.put(end)
-
-    threading.Thread(target=search, daemon=True).start()
-    while (item := queue.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
-
-
 def bad_line(row: Row) -> str:
     """A file that could not be scored, and why, as far as its name can be printed."""
     path = row['path'].encode(errors='backslashreplace').decode()
-    return f'{path}: {row.get("error") or "could not be scored in an earlier run"}'
+    return f'{path}: {row["error"]}'
 
 
 def summary(tally: Tally, backend: Backend, output: Path | None) -> Iterator[str]:
@@ -260,6 +269,8 @@ def summary(tally: Tally, backend: Backend, output: Path | None) -> Iterator[str
             yield from (f'  {line}' for line in tally.first_bad)
             if tally.bad > NAMED:
                 yield f'  and {tally.bad - NAMED:,} more, in {output}'
+            if tally.known_bad:
+                yield '  --retry scores those of earlier runs again.'
     yield (
         f'{backend.metric}, weights {backend.weights} ({backend.sha256[:8]}), '
         f'{backend.name}.'
