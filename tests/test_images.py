@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from pyiqa_clipkd.images import UnreadableError, read_photograph, squares
@@ -413,3 +413,15 @@ def test_a_postscript_file_is_refused_before_an_interpreter_runs_it(
     photographs['chelsea'].save(file)
     with pytest.raises(UnreadableError, match='EPS is a program, not pixels'):
         read_photograph(file)
+
+
+def test_half_a_file_is_an_error_although_pyiqa_wants_it_filled_up(
+    tmp_path: Path, photographs: Photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)
+    file = tmp_path / 'half.jpg'
+    photographs['chelsea'].save(file)
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UnreadableError, match='truncated'):
+        read_photograph(file)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES  # as it was
