@@ -109,7 +109,8 @@ def read_photograph(
         UnreadableError: if there is nothing to score, with the reason.
     """
     try:
-        with _opened(source) as image:
+        # From the start: what is skipped in a PNG is decided when it is opened.
+        with _STRICT, _opened(source) as image:
             return _decoded(image, max_pixels)
     except UnreadableError:
         raise

@@ -184,10 +184,10 @@ class Release:
         ]
         files = self.plan['trainings']
         if missing := {training.file for training in wanted} - set(files):
-            raise ValueError(f'plan.yml: `trainings` lacks {", ".join(missing)}.')
+            raise ValueError(f'plan.yml: `trainings` lacks {", ".join(sorted(missing))}.')
         needed = {t for training in wanted for t in self.before(training)}
         folders: dict[Path, Training] = {}
-        for training in needed:
+        for training in sorted(needed, key=str):  # one error, whatever the hashes
             other = folders.setdefault(self.experiment(training), training)
             if other != training:
                 raise ValueError(

@@ -415,11 +415,12 @@ def test_a_postscript_file_is_refused_before_an_interpreter_runs_it(
         read_photograph(file)
 
 
+@pytest.mark.parametrize('name', ['half.jpg', 'half.png'])
 def test_half_a_file_is_an_error_although_pyiqa_wants_it_filled_up(
-    tmp_path: Path, photographs: Photos, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, photographs: Photos, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', True)
-    file = tmp_path / 'half.jpg'
+    file = tmp_path / name
     photographs['chelsea'].save(file)
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(UnreadableError, match='truncated'):
