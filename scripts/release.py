@@ -183,8 +183,8 @@ class Release:
             if key in self.settings(name)
         ]
         files = self.plan['trainings']
-        if missing := {training.file for training in wanted} - set(files):
-            raise ValueError(f'plan.yml: `trainings` lacks {", ".join(sorted(missing))}.')
+        if missing := sorted({training.file for training in wanted} - set(files)):
+            raise ValueError(f'plan.yml: `trainings` lacks {", ".join(missing)}.')
         needed = {t for training in wanted for t in self.before(training)}
         folders: dict[Path, Training] = {}
         for training in sorted(needed, key=str):  # one error, whatever the hashes
