@@ -62,10 +62,14 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.force:
             raise ValueError(f'{text} Score them alike, or add --force.')
         print(f'Warning: {text}', file=sys.stderr)
-    difference = measure(
-        first, second, confidence=arguments.confidence, seed=arguments.seed
-    )
     pairs = scored_pairs(first, second, pair(first, second))
+    difference = measure(
+        first,
+        second,
+        pairs=pairs,
+        confidence=arguments.confidence,
+        seed=arguments.seed,
+    )
     if arguments.json:
         print(json.dumps(as_dict(first, second, difference, pairs), indent=2))
     else:

@@ -104,12 +104,18 @@ def scored_pairs(first: Run, second: Run, pairs: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    first: Run, second: Run, *, confidence: float = 0.95, seed: int = 0
+    first: Run,
+    second: Run,
+    *,
+    pairs: np.ndarray | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Difference:
     """The difference of two runs: over pairs, where half of the smaller run has one.
 
     Args:
         first, second: the runs A and B.
+        pairs: of `scored_pairs`, where they are known already.
         confidence: level of the interval, in (0, 1).
         seed: of the draws.
 
@@ -122,7 +128,8 @@ def measure(
                 f'{word} ({run.name}) has {len(run.scored)} scored photographs; a '
                 f'comparison needs at least {FEWEST}.'
             )
-    pairs = scored_pairs(first, second, pair(first, second))
+    if pairs is None:
+        pairs = scored_pairs(first, second, pair(first, second))
     if len(pairs) >= max(FEWEST, min(len(first.scored), len(second.scored)) / 2):
         a, b = _scores(first)[pairs[:, 0]], _scores(second)[pairs[:, 1]]
         return of_pairs(a, b, confidence=confidence, seed=seed)

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# First digits of a hash that rows, tables and messages show.
+SHORT_HASH = 16
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:

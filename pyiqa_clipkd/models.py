@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyiqa_clipkd.description import KEY, ONNX
-from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.files import SHORT_HASH, file_hash
 from pyiqa_clipkd.locations import BUNDLED_FOLDER, find_weights
 from pyiqa_clipkd.names import METRICS, RELEASED, user_names, weights_folder
 
 TORCH_MAGIC = (b'PK', b'\x80')
-
-# As many digits as in a row of results.
-DIGITS = 16
 
 BUNDLED, USER, DOWNLOAD, NONE = 'package', 'your folder', 'open_clip', 'none'
 
@@ -74,7 +71,7 @@ def describe(name: str) -> Model:
         return model._replace(
             megabytes=path.stat().st_size / 1e6,
             input_size=metadata.get('config', {}).get('input_size'),
-            sha256=file_hash(path)[:DIGITS],
+            sha256=file_hash(path)[:SHORT_HASH],
         )
     except (OSError, ValueError) as error:
         return model._replace(damage=str(error))

@@ -18,7 +18,7 @@ from pyiqa_clipkd.description import (
     SQUARES,
     Description,
 )
-from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.files import SHORT_HASH, file_hash
 from pyiqa_clipkd.images import from_image, read_photograph, squares
 from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX, weights_folder
@@ -247,7 +247,7 @@ def _describe(session: Any, path: Path) -> Description:
         if found != description.sha256:
             raise ValueError(
                 f'{path.name} was made of other weights (SHA-256 '
-                f'{description.sha256[:16]}) than {weights} ({found[:16]}): export it '
-                'again.'
+                f'{description.sha256[:SHORT_HASH]}) than {weights} '
+                f'({found[:SHORT_HASH]}): export it again.'
             )
     return description

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import gaussian_blur, to_tensor
 
 from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
 from pyiqa_clipkd.experiment import recorded_command
@@ -107,10 +107,6 @@ def restore(img: Tensor, args: argparse.Namespace) -> tuple[Tensor, dict[str, An
     return image_of(best), {'settings': settings, 'scores': scores}
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-
-
 def to_image(img: Tensor) -> Image.Image:
     pixels = (255 * img[0]).round().clamp(0, 255).byte()
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -147,7 +143,7 @@ def measure(
         metric = CLIPKDMetric(name, pretrained_model_path=weights)
         for row, image in images.items():
             with torch.inference_mode():
-                rows[row][role] = round(metric(to_tensor(image)).item(), 3)
+                rows[row][role] = round(metric(to_tensor(image)[None]).item(), 3)
     if reference is not None:
         for row in ('before', 'after'):
             rows[row] |= likeness(images[row], reference)
@@ -228,7 +224,7 @@ def main() -> None:
                 f'`--reference` must have the size of the photograph, {before.size}, '
                 f'but got {reference.size}.'
             )
-    restored, what = restore(to_tensor(before), args)
+    restored, what = restore(to_tensor(before)[None], args)
     after = to_image(restored)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     after.save(args.output, 'PNG')

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 import pytest
 import torch
 import yaml
+from script_modules import SCRIPTS, load_script
 from training_data import (
     ENCODER,
     SIZE,
@@ -28,22 +27,13 @@ from pyiqa_clipkd.network import CLIPKDStudent, load_network
 from pyiqa_clipkd.runtime import Runtime
 from pyiqa_clipkd.weights import read_weights
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'release.py'
+SCRIPT = SCRIPTS / 'release.py'
 NAME = 'clipkd_tiny'
-
-
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location('release', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_each_origin_is_held_out_once() -> None:
     table = pd.DataFrame({'subset': ['x', 'y', 'x']})
-    wide = script().add_columns(table)
+    wide = load_script('release').add_columns(table)
     for name in ('x', 'y'):
         held_out = wide[f'without_{name}_split'] == 'test'
         assert (held_out == (table.subset == name)).all()
@@ -53,7 +43,7 @@ def test_tasks_run_after_what_they_need_and_in_their_order() -> None:
     needs = {'a': [], 'b': ['c'], 'c': [], 'd': ['elsewhere', 'b']}
     done: list[str] = []
     tasks = {name: partial(done.append, name) for name in needs}
-    script().in_order(tasks, jobs=1, needs=needs.__getitem__)
+    load_script('release').in_order(tasks, jobs=1, needs=needs.__getitem__)
     assert done == ['a', 'c', 'b', 'd']
 
 
@@ -61,7 +51,9 @@ def test_a_task_that_fails_stops_those_that_need_it() -> None:
     done: list[str] = []
     tasks = {'a': partial(int, 'none'), 'b': partial(done.append, 'b')}
     with pytest.raises(ValueError, match='none'):
-        script().in_order(tasks, 2, lambda name: 'a' if name == 'b' else ())
+        load_script('release').in_order(
+            tasks, 2, lambda name: 'a' if name == 'b' else ()
+        )
     assert done == []
 
 
@@ -72,7 +64,7 @@ def test_an_average_lies_between_its_two_networks(tmp_path: Path) -> None:
         files[tmp_path / f'{number}.pth'] = share
         torch.save({'params': network.state_dict()}, tmp_path / f'{number}.pth')
     first, second = (read_weights(path).tensors for path in files)
-    for name, value in script().average(files).items():
+    for name, value in load_script('release').average(files).items():
         if value.is_floating_point():
             wanted = 0.25 * first[name] + 0.75 * second[name]
             assert torch.allclose(value, wanted), name
@@ -93,10 +85,10 @@ def test_two_splits_in_one_folder_are_refused_before_any_training(
     (tmp_path / 'plan.yml').write_text(yaml.safe_dump(plan))
     args = argparse.Namespace(configs=tmp_path, force_yml=None)
     with pytest.raises(ValueError, match='trains the splits 1 and 2 in one folder'):
-        script().Release(args).trainings()
+        load_script('release').Release(args).trainings()
     options['name'] = 'one_{split}'
     write_options(tmp_path / 'one.yml', options)
-    assert [t.split for t in script().Release(args).trainings()] == [1, 2]
+    assert [t.split for t in load_script('release').Release(args).trainings()] == [1, 2]
 
 
 @pytest.fixture

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from script_modules import SCRIPTS, load_script
 from torch import Tensor
 
-SCRIPT = Path(__file__).parents[1] / 'scripts' / 'restore.py'
+SCRIPT = SCRIPTS / 'restore.py'
 
 
 @pytest.fixture(scope='module')
-def restore() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('restore', SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def restore() -> Any:
+    return load_script('restore')
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -37,14 +32,14 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_settings_of_zero_change_nothing(restore: ModuleType, photo: Tensor) -> None:
+def test_settings_of_zero_change_nothing(restore: Any, photo: Tensor) -> None:
     same = restore.enhance(photo, torch.zeros(7))
     assert (same - photo).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize('number', range(7))
 def test_each_setting_has_a_gradient_and_stays_in_range(
-    restore: ModuleType, photo: Tensor, number: int
+    restore: Any, photo: Tensor, number: int
 ) -> None:
     settings = torch.zeros(7, requires_grad=True)
     (restore.enhance(photo, settings) * photo).sum().backward()
@@ -61,7 +56,7 @@ def test_each_setting_has_a_gradient_and_stays_in_range(
 
 
 def test_brighter_saturated_and_sharper_mean_what_they_say(
-    restore: ModuleType, photo: Tensor
+    restore: Any, photo: Tensor
 ) -> None:
     def with_setting(name: str, value: float) -> Tensor:
         settings = torch.zeros(7)
@@ -114,7 +109,7 @@ def test_the_score_goes_up_and_what_was_done_is_told(
     ],
 )
 def test_wrong_options_are_told_before_any_work(
-    restore: ModuleType,
+    restore: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
@@ -128,7 +123,7 @@ def test_wrong_options_are_told_before_any_work(
 
 
 def test_a_reference_of_another_size_is_an_error(
-    restore: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    restore: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, side in (('photo.png', 40), ('other.png', 41)):

@@ -100,7 +100,7 @@ def _comparison(
     both = scored_pairs(first, second, pairs)
     scores = [run.rows['score'].to_numpy() for run in runs]
     change = scores[1][both[:, 1]] - scores[0][both[:, 0]]
-    body = _verdict(first, second, len(both))
+    body = _verdict(first, second, both)
     if len(change):
         axis = change_axis(change)
         series = [Series('B - A', 'change', change.round(rows.DIGITS), 'change')]
@@ -120,12 +120,12 @@ def _comparison(
     return [('difference', 'B against A', body)]
 
 
-def _verdict(first: Run, second: Run, pairs: int) -> str:
+def _verdict(first: Run, second: Run, pairs: np.ndarray) -> str:
     fewest = min(len(first.scored), len(second.scored))
     if fewest < FEWEST:
         return f'<p>A run with {fewest} scored photographs is too small to compare.</p>'
-    difference = measure(first, second)
-    alone = (len(first.scored) - pairs, len(second.scored) - pairs)
+    difference = measure(first, second, pairs=pairs)
+    alone = (len(first.scored) - len(pairs), len(second.scored) - len(pairs))
     return (
         f'<p class="verdict">{escape(difference.sentence())}</p>'
         f'{figures.difference_facts(difference, alone)}'

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
+from pyiqa_clipkd.files import SHORT_HASH
 from pyiqa_clipkd.images import (
     MAX_PIXELS,
     ORIENTATION,
@@ -37,9 +38,6 @@ RGB_BYTES, OTHER_BYTES = 4, 12
 
 # Digits after the point of what is written; scores are good for five.
 DIGITS = 6
-
-# First digits of the weights' SHA-256 that a row has.
-SHORT_HASH = 16
 
 T = TypeVar('T')
 R = TypeVar('R')
@@ -104,6 +102,16 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
+def identity_of(backend: Backend, crops: int) -> Row:
+    """What decides a score beside the photograph: rows of one file agree in it."""
+    return {
+        'metric': backend.metric,
+        'sha256': backend.sha256[:SHORT_HASH],
+        'crops': crops,
+        'input_size': backend.input_size,
+    }
+
+
 def _in_order(
     function: Callable[[T], R], items: Iterable[T | None], workers: int, ahead: int
 ) -> Iterator[R]:
@@ -138,13 +146,9 @@ class _Engine:
         self.crops = crops
         self.max_pixels = max_pixels
         self.memory = _Allowance(MEMORY)
-        self.common = {
-            'metric': backend.metric,
+        self.common = identity_of(backend, crops) | {
             'weights': backend.weights,
-            'sha256': backend.sha256[:SHORT_HASH],
             'backend': backend.name,
-            'crops': crops,
-            'input_size': backend.input_size,
         }
 
     def score(self, path: Path) -> Row:

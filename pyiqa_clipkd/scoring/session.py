@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pyiqa_clipkd.command import silence
+from pyiqa_clipkd.scale import level_of
 from pyiqa_clipkd.scoring.backends import Backend
-from pyiqa_clipkd.scoring.core import SHORT_HASH, default_workers, level_of, score_paths
+from pyiqa_clipkd.scoring.core import default_workers, identity_of, score_paths
 from pyiqa_clipkd.scoring.files import (
     STDIN,
     find_photographs,
@@ -103,17 +104,10 @@ class Session:
         self._summarize()
 
     def _opened(self) -> Results:
-        backend = self.backend
-        identity = {
-            'metric': backend.metric,
-            'sha256': backend.sha256[:SHORT_HASH],
-            'crops': self.arguments.crops,
-            'input_size': backend.input_size,
-        }
         return Results(
             self.arguments.output,
-            backend.levels,
-            identity,
+            self.backend.levels,
+            identity_of(self.backend, self.arguments.crops),
             overwrite=self.arguments.overwrite,
             retry=self.arguments.retry,
         )
