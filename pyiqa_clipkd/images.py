@@ -34,11 +34,10 @@ SIXTEEN_BIT = ('I;16', 'I;16L', 'I;16B', 'I;16N', 'I')
 # Bicubic kernel: its parameter and its reach, as in Pillow and in torch's `antialias`.
 CUBIC, REACH = -0.5, 2.0
 
-# Output pixels of one matrix product.
-BLOCK = 16
+# Output pixels of one matrix product, and input rows of it.
+BLOCK, BAND = 16, 64
 
-# Rows that are worked on at once: no further copy of a large photograph is made, and
-# threads don't wait for each other over many small pieces.
+# Rows that are converted to RGB at once.
 ROWS = 512
 
 
@@ -251,19 +250,54 @@ def _whole(image: Image.Image, size: int) -> np.ndarray:
         pixels = np.asarray(image).astype(np.float32) / BYTE
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
     height, width = resized_shape(rows, columns, size)
-    along_rows = _Resampling(columns, width, centre(width, size), size, of=BYTE)
-    along_columns = _Resampling(rows, height, centre(height, size), size)
-    first, last = along_columns.start, along_columns.stop
-    narrow = np.empty((3, last - first, size), np.float32)
-    # One piece of memory for all bands: threads would wait for each other over more.
-    band = Image.new('RGB', (along_rows.stop - along_rows.start, ROWS))
-    for top in range(first, last, ROWS):
-        bottom = min(top + ROWS, last)
-        band.paste(image, (-along_rows.start, -top))
-        values = np.asarray(band)[: bottom - top]
-        for channel, result in enumerate(narrow):
-            result[top - first : bottom - first] = along_rows(values[..., channel])
-    return np.stack([along_columns(plane.T).T for plane in narrow])
+    across = _Resampling(columns, width, centre(width, size), size)
+    down = _Resampling(rows, height, centre(height, size), size)
+    narrow = _fewer_columns(image, across, down)
+    result = np.empty((3, size, size), np.float32)
+    for block in down.blocks:
+        used = narrow[:, block.begin - down.begin : block.end - down.begin]
+        np.matmul(block.weights, used, out=result[:, block.out])
+    return result.clip(0, 1, out=result)
+
+
+def _fewer_columns(
+    image: Image.Image, across: _Resampling, down: _Resampling
+) -> np.ndarray:
+    """float32 (3, rows that `down` needs, size) in [0, 1].
+
+    Some rows at a time, which stay in the processor's cache: faster than all at once,
+    and no further copy of a large photograph is made.
+    """
+    columns = across.end - across.begin
+    narrow = np.empty((3, down.end - down.begin, across.count), np.float32)
+    # The same memory for all bands: threads would wait for each other over more.
+    band = Image.new('RGB', (columns, BAND))
+    values = np.empty((3, BAND, columns), np.float32)
+    result = np.empty((3 * BAND, across.count), np.float32)
+    for top in range(down.begin, down.end, BAND):
+        band.paste(image, (-across.begin, -top))
+        values[...] = np.asarray(band).transpose(2, 0, 1)
+        lines = values.reshape(3 * BAND, columns)
+        for block in across.blocks:
+            used = lines[:, block.begin - across.begin : block.end - across.begin]
+            np.matmul(used, block.weights.T, out=result[:, block.out])
+        result /= BYTE
+        result.clip(0, 1, out=result)
+        rows = slice(top - down.begin, min(top + BAND, down.end) - down.begin)
+        narrow[:, rows] = result.reshape(3, BAND, -1)[:, : rows.stop - rows.start]
+    return narrow
+
+
+class _Block(NamedTuple):
+    """Some pixels of a result, and those before from `begin` to `end` that decide them.
+
+    The weights are float32 (pixels of the result, end - begin).
+    """
+
+    out: slice
+    begin: int
+    end: int
+    weights: np.ndarray
 
 
 class _Resampling:
@@ -274,39 +308,28 @@ class _Resampling:
         new: pixels after.
         first: the first pixel of the result that is wanted.
         count: how many are wanted.
-        of: the largest value before; 1 after.
 
     Attributes:
-        start, stop: the pixels before that decide these.
+        blocks: the work, some pixels of the result at a time.
+        begin, end: the pixels before that decide all of these.
     """
 
-    def __init__(
-        self, old: int, new: int, first: int, count: int, *, of: float = 1
-    ) -> None:
+    def __init__(self, old: int, new: int, first: int, count: int) -> None:
         self.count = count
         scale = max(old / new, 1)
-        centres = (np.arange(first, first + count) + 0.5) * (old / new)
+        centres = (np.arange(first, first + count) + 0.5)[:, None] * (old / new)
         begin = np.maximum((centres - REACH * scale + 0.5).astype(int), 0)
         end = np.minimum((centres + REACH * scale + 0.5).astype(int), old)
-        self.start, self.stop = int(begin[0]), int(end[-1])
-        pixels = np.arange(self.start, self.stop)
+        self.begin, self.end = int(begin[0, 0]), int(end[-1, 0])
         self.blocks = []
         for number in range(0, count, BLOCK):
             out = slice(number, min(number + BLOCK, count))
-            used = slice(begin[out][0] - self.start, end[out][-1] - self.start)
-            at = pixels[used, None]
+            at = np.arange(begin[out][0, 0], end[out][-1, 0])
             weights = _cubic((at - centres[out] + 0.5) / scale)
             weights *= (at >= begin[out]) & (at < end[out])
-            weights /= weights.sum(0) * of
-            self.blocks.append((out, used, weights.astype(np.float32)))
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        """(n, stop - start) in [0, of] -> float32 (n, count) in [0, 1]."""
-        values = np.ascontiguousarray(values, np.float32)
-        result = np.empty((len(values), self.count), np.float32)
-        for out, used, weights in self.blocks:
-            result[:, out] = values[:, used] @ weights
-        return result.clip(0, 1, out=result)
+            weights /= weights.sum(1, keepdims=True)
+            used = int(at[0]), int(at[-1]) + 1
+            self.blocks.append(_Block(out, *used, weights.astype(np.float32)))
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
