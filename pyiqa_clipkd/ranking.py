@@ -42,8 +42,8 @@ class DegradationRankingLoss(nn.Module):
               + v |s_0 - s| \\right)
 
     with the scores s of a photograph, s_1 and s_2 of its damaged copies at the levels
-    l_1 < l_2 (up to 6) of one of `DISTORTIONS`, and s_0 of a copy that is mirrored or
-    moved by up to `shift` pixels.
+    l_1 < l_2 (up to 6) of one of `DISTORTIONS`, and s_0 of a copy that is mirrored,
+    moved by up to `shift` pixels, and a little larger or smaller.
 
     Args:
         weight: w, of the whole.
@@ -51,6 +51,7 @@ class DegradationRankingLoss(nn.Module):
         stability: v.
         share: of the batch that gets copies, in (0, 1].
         shift: pixels.
+        zoom: the moved copy is enlarged by a factor in [1 - zoom, 1 + zoom]; zoom < 1.
 
     Raises:
         ValueError: if an argument isn't allowed.
@@ -63,6 +64,7 @@ class DegradationRankingLoss(nn.Module):
         stability: float = 1.0,
         share: float = 0.25,
         shift: int = 8,
+        zoom: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -70,9 +72,12 @@ class DegradationRankingLoss(nn.Module):
             ('margin', margin),
             ('stability', stability),
             ('shift', shift),
+            ('zoom', zoom),
         ):
             if value < 0:
                 raise ValueError(f'`{name}` must be >= 0, but got {value}.')
+        if zoom >= 1:
+            raise ValueError(f'`zoom` must be < 1, but got {zoom}.')
         if not 0 < share <= 1:
             raise ValueError(f'`share` must be in (0, 1], but got {share}.')
         self.weight = weight
@@ -80,6 +85,7 @@ class DegradationRankingLoss(nn.Module):
         self.stability = stability
         self.share = share
         self.shift = shift
+        self.zoom = zoom
 
     def views(self, img: Tensor, seed: int) -> RankingViews:
         """Draw the copies of a batch (N, 3, H, W) with values in [0, 1].
@@ -103,12 +109,18 @@ class DegradationRankingLoss(nn.Module):
         return RankingViews(images, torch.tensor(levels).to(img))
 
     def _moved(self, img: Tensor, draw: np.random.Generator) -> Tensor:
-        """Mirrored half of the times, and moved; the border is repeated."""
+        """Mirrored half of the times, zoomed, and moved; the border is repeated."""
         if draw.random() < 0.5:
             img = img.flip(-1)
         left, top = draw.integers(0, 2 * self.shift + 1, 2)
-        padded = F.pad(img[None], [self.shift] * 4, mode='replicate')[0]
         height, width = img.shape[-2:]
+        if self.zoom:
+            img = _zoomed(img, draw.uniform(1 - self.zoom, 1 + self.zoom))
+        # All around: what a smaller copy lacks, what a larger one has too much.
+        rows, columns = height - img.shape[-2], width - img.shape[-1]
+        around = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+        padding = [side + self.shift for side in around]
+        padded = F.pad(img[None], padding, mode='replicate')[0]
         return padded[:, top : top + height, left : left + width]
 
     def forward(self, score: Tensor, copies: Tensor, levels: Tensor) -> Tensor:
@@ -140,6 +152,13 @@ class BatchWithCopies:
             batch['img'], int(batch['seed'][0])
         )
         return batch
+
+
+def _zoomed(img: Tensor, factor: float) -> Tensor:
+    """(3, H, W) in [0, 1], resized."""
+    size = [max(1, round(side * factor)) for side in img.shape[-2:]]
+    resized = F.interpolate(img[None], size, mode='bicubic', antialias=True)[0]
+    return resized.clamp(0, 1)
 
 
 def _to_image(img: Tensor) -> Image.Image:

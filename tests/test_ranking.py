@@ -45,6 +45,22 @@ def test_a_moved_copy_has_the_pixels_of_its_photograph(batch: Tensor) -> None:
         assert any(torch.equal(inside, window) for window in windows)
 
 
+def test_a_zoomed_copy_is_larger_or_smaller_around_its_centre() -> None:
+    square = torch.zeros(1, 3, 64, 96)
+    square[..., 16:48, 24:72] = 1
+    loss = DegradationRankingLoss(share=1, shift=0, zoom=0.25)
+    areas = []
+    for seed in range(12):
+        moved = loss.views(square, seed).images[0]
+        assert moved.shape == square.shape[1:]
+        areas.append(float(moved.mean() / square.mean()))
+        rows, columns = (moved[0] > 0.5).nonzero().unbind(1)
+        for side, length in ((rows, 64), (columns, 96)):  # the centre stays
+            assert abs(int(side.min() + side.max()) - (length - 1)) <= 1
+    assert 0.75**2 <= min(areas) < 0.85
+    assert 1.15 < max(areas) <= 1.25**2
+
+
 def test_the_same_seed_draws_the_same_and_another_another(batch: Tensor) -> None:
     loss = DegradationRankingLoss()
     first, again, other = (loss.views(batch, seed) for seed in (5, 5, 6))
@@ -91,6 +107,7 @@ def test_gradients_lift_the_photograph_and_lower_its_copies() -> None:
         ({'stability': -0.1}, '`stability` must be >= 0'),
         ({'weight': -2}, '`weight` must be >= 0'),
         ({'shift': -2}, '`shift` must be >= 0'),
+        ({'zoom': 1.5}, '`zoom` must be < 1, but got 1.5'),
     ],
 )
 def test_mistakes_are_named(options: dict[str, float], message: str) -> None:
