@@ -25,6 +25,9 @@ ORIENTATION, UPRIGHT, ROTATED = 0x0112, 1, range(2, 9)
 # Formats that Pillow would hand to an interpreter: nothing for strangers' files.
 PROGRAMS = ('EPS',)
 
+# How HEIC files of phones go on after 4 bytes: Pillow alone can't read them.
+HEIC = (b'ftypheic', b'ftypheix', b'ftyphevc', b'ftyphevx', b'ftypmif1', b'ftypmsf1')
+
 # The largest value of eight bits: of a colour, and of what is opaque.
 BYTE = 255
 WHITE, OVER_WHITE = (BYTE, BYTE, BYTE, BYTE), 'alpha over white'
@@ -133,6 +136,8 @@ def _reason(source: str | Path | BinaryIO, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return 'no permission to read it'
     if isinstance(error, UnidentifiedImageError):
+        if _is_heic(source):
+            return 'HEIC, which Pillow does not read: convert it to JPEG first'
         return 'not an image'
     if isinstance(error, (Image.DecompressionBombError, MemoryError)):
         return 'too large'
@@ -140,6 +145,17 @@ def _reason(source: str | Path | BinaryIO, error: Exception) -> str:
     if 'truncated' in text.lower():
         return f'truncated: {text}'
     return f'damaged: {type(error).__name__}: {text}' if text else 'damaged'
+
+
+def _is_heic(source: str | Path | BinaryIO) -> bool:
+    try:
+        if isinstance(source, (str, Path)):
+            with Path(source).open('rb') as file:
+                return file.read(12)[4:] in HEIC
+        source.seek(0)
+        return source.read(12)[4:] in HEIC
+    except (OSError, ValueError):  # a stream that can't go back
+        return False
 
 
 def _decoded(image: Image.Image, max_pixels: int) -> Photograph:

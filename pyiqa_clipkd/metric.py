@@ -53,8 +53,8 @@ def _network(
         raise FileNotFoundError(
             f'There are no weights for {name}: neither {name}{SUFFIX} in '
             f'{weights_folder()} nor in {BUNDLED_FOLDER}. Give a file with '
-            f'`pretrained_model_path=`, or train one and publish it under this name '
-            f'(scripts/train.py, scripts/publish.py).'
+            f'`pretrained_model_path=` (in commands `--weights`), or train one and '
+            f'publish it under this name (scripts/train.py, scripts/publish.py).'
         )
     if path is None:
         options = {**RELEASED[name], **changes}

@@ -24,6 +24,9 @@ from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX, weights_folder
 from pyiqa_clipkd.scale import level_of, to_100
 
+# Endings of files that onnxruntime can't open, so what has one is no metric's name.
+NO_NAMES = ('.pt2', '.pt', '.pth', SUFFIX)
+
 
 class Score(NamedTuple):
     """What the runtime says of one photograph.
@@ -124,22 +127,26 @@ class Runtime:
         return score, probabilities[0] if probabilities else None
 
     def score(
-        self, source: str | Path | BinaryIO | Image.Image, crops: int = 0
+        self, source: str | Path | BinaryIO | Image.Image | np.ndarray, crops: int = 0
     ) -> Score:
         """Score one photograph.
 
         Args:
-            source: a path, an open binary file, or an image of Pillow, of which all is
-                done that is done of a file: EXIF's rotation, transparency, 16 bits.
+            source: a path, an open binary file, an image of Pillow, of which all is
+                done that is done of a file (EXIF's rotation, transparency, 16 bits), or
+                an array, uint8 RGB (H, W, 3).
             crops: squares at the photograph's own resolution that are scored beside
                 the whole; the score is the mean.
 
         Raises:
             UnreadableError: if there are no pixels to score.
-            ValueError: if `crops` is none of the model's abilities.
+            ValueError: if `crops` is none of the model's abilities, or an array has
+                another type or shape.
         """
         if type(crops) is not int or crops < 0:
             raise ValueError(f'`crops` must be a whole number >= 0, but got {crops!r}.')
+        if isinstance(source, np.ndarray):
+            source = _image(source)
         if isinstance(source, Image.Image):
             image = from_image(source).image
         else:
@@ -166,6 +173,15 @@ class Runtime:
         return Score(score, to_100(score), level_of(score, self.levels), named)
 
 
+def _image(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(
+            '`source` as an array must be uint8 RGB of the shape (H, W, 3), but got '
+            f'{pixels.dtype} {pixels.shape}.'
+        )
+    return Image.fromarray(pixels)
+
+
 def find_model(model: str | Path) -> Path:
     """The ONNX file of a metric's name, or the path that was given.
 
@@ -182,6 +198,10 @@ def find_model(model: str | Path) -> Path:
     )
     if own.is_file():
         return own
+    if Path(model).name != model or Path(model).suffix.lower() in NO_NAMES:
+        raise FileNotFoundError(
+            f'`model` must be the name of a metric or an {ONNX} file, but got {model}.'
+        )
     export = f'pyiqa-clipkd export -m {model} {own} --input squares'
     if own.with_suffix(SUFFIX).is_file():
         raise FileNotFoundError(

@@ -16,6 +16,12 @@ from pyiqa_clipkd.description import KEY as METADATA_KEY
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.torchscript import NeedsCodeError, is_torchscript, read_torchscript
 
+# Endings of what `pyiqa-clipkd export` writes, and what runs it.
+EXPORTED = {
+    '.onnx': 'for `pyiqa-clipkd score --weights` and `pyiqa_clipkd.runtime.Runtime`',
+    '.pt2': 'for `torch.export.load`',
+}
+
 # Key under which a network keeps its own description in a state dict (a uint8 tensor of
 # JSON text).
 CONFIG_KEY = '_extra_state'
@@ -143,6 +149,11 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'There is no weight file {path}.')
+    if path.suffix.lower() in EXPORTED:
+        raise ValueError(
+            f'{path} is an exported model ({EXPORTED[path.suffix.lower()]}), no weight '
+            'file: give the file that it was made of.'
+        )
     try:
         if _is_safetensors(path):
             weights = _read_safetensors(path)

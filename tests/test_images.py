@@ -329,6 +329,12 @@ def empty_file(folder: Path) -> Path:
     return folder / 'a.jpg'
 
 
+def heic_file(folder: Path) -> Path:
+    path = folder / 'a.jpg'  # as a phone's, whatever the name says
+    path.write_bytes(b'\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic')
+    return path
+
+
 def float_file(folder: Path) -> Path:
     return saved(folder, 'a.tif', Image.fromarray(np.ones((8, 8), np.float32)))
 
@@ -337,6 +343,7 @@ def float_file(folder: Path) -> Path:
     ('make', 'reason'),
     [
         (text_file, 'not an image'),
+        (heic_file, 'HEIC, which Pillow does not read: convert it to JPEG first'),
         (empty_file, 'the file is empty'),
         (lambda folder: folder, 'a folder'),
         (lambda folder: folder / 'gone.jpg', 'no such file'),

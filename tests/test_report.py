@@ -362,6 +362,11 @@ def test_the_axis_of_changes_holds_nearly_all_of_them() -> None:
 # --- mistakes -------------------------------------------------------------------------
 
 
+def test_the_page_is_named_after_the_results(results: str) -> None:
+    assert main(['report', results]) == 0
+    assert Path('run.html').is_file()
+
+
 def test_mistakes_are_one_clear_line(
     results: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,7 @@ def test_paths_files_and_images_score_alike(runtime: Runtime) -> None:
     assert runtime.score(str(COFFEE)) == expected
     assert runtime.score(io.BytesIO(COFFEE.read_bytes())) == expected
     assert runtime.score(Image.open(COFFEE)) == expected
+    assert runtime.score(np.asarray(Image.open(COFFEE))) == expected
 
 
 @pytest.mark.parametrize('name', ['exif.jpg', 'alpha.png', 'sixteen.png', 'gif.gif'])
@@ -167,6 +168,9 @@ def test_a_graph_beside_other_weights_is_refused(own_folder: Path) -> None:
 def test_an_unknown_name_says_which_there_are() -> None:
     with pytest.raises(FileNotFoundError, match=f'which has .*{LITE}'):
         Runtime('clipkd_nobody')
+    for other in ('out.pt2', 'folder/clipkd_nobody'):
+        with pytest.raises(FileNotFoundError, match=r'`model` must be .* or an \.onnx'):
+            Runtime(other)
 
 
 def test_a_graph_without_its_weights_says_so(tmp_path: Path) -> None:
@@ -226,6 +230,8 @@ def test_wrong_options_are_named(runtime: Runtime, tmp_path: Path) -> None:
         Runtime(LITE, threads=0)
     with pytest.raises(ValueError, match=r"`providers` must be .* got \['Abacus'\]"):
         Runtime(LITE, providers=['Abacus'])
+    with pytest.raises(ValueError, match=r'uint8 RGB .* but got float32 \(8, 8, 3\)'):
+        runtime.score(np.zeros((8, 8, 3), np.float32))
     with pytest.raises(ValueError, match=r'`crops` must be .* but got -1'):
         runtime.score(COFFEE, crops=-1)
     (tmp_path / 'a.jpg').touch()

@@ -113,6 +113,16 @@ def test_selections(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(read_results('all.csv')) == 4
 
 
+def test_photographs_without_a_group_are_counted(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ['score', 'photos', '--best-of']
+    assert main([*run, 'IMG_0']) == 0
+    assert '2 match no group of --best-of' in capfd.readouterr().err
+    assert main([*run, 'folder']) == 0
+    assert 'match no group' not in capfd.readouterr().err
+
+
 def test_exit_codes_for_pipelines(folder: Path) -> None:
     numbers = [float(number) for number, *_ in lines(score('photos'))]
     between = str(round(np.mean([min(numbers), max(numbers)]), 3))

@@ -337,3 +337,11 @@ def test_a_given_path_that_is_missing_is_an_error_and_not_skipped(
     message = r'`pretrained_model_path` of clipkd_x: there is no file .*gone\.pth'
     with pytest.raises(FileNotFoundError, match=message):
         find_weights('clipkd_x', tmp_path / 'gone.pth')
+
+
+@pytest.mark.parametrize('ending', ['.onnx', '.pt2'])
+def test_an_exported_model_is_named_as_one(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f'out{ending}'
+    path.write_bytes(b'whatever')
+    with pytest.raises(ValueError, match=rf'out\{ending} is an exported model'):
+        read_weights(path)

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pyiqa-clipkd report`."""
     add = parser.add_argument
     add('results', nargs='+', type=Path, metavar='RESULTS', help='one or two files')
-    add('-o', '--output', type=Path, default=Path('report.html'), metavar='FILE')
+    help_text = 'default: the name of the last results, with .html'
+    add('-o', '--output', type=Path, metavar='FILE', help=help_text)
     add('--title', help='heading of the page')
     add(
         '--thumbnails',
@@ -46,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f'`--thumbnails` must be >= 0, but got {arguments.thumbnails}.'
         )
-    output: Path = arguments.output
+    # Another page for other results: none is overwritten by an oversight.
+    last: Path = arguments.results[-1]
+    output: Path = arguments.output or Path(last.with_suffix('.html').name)
     if not output.parent.is_dir():
         raise FileNotFoundError(f'There is no folder {output.parent} for the page.')
     if output.resolve() in [path.resolve() for path in arguments.results]:

@@ -19,6 +19,7 @@ class Selection(Protocol):
 
     def add(self, row: Row) -> Iterator[Row]: ...
     def rest(self) -> Iterator[Row]: ...
+    def note(self) -> str: ...
 
 
 class Everything:
@@ -29,6 +30,9 @@ class Everything:
 
     def rest(self) -> Iterator[Row]:
         yield from ()
+
+    def note(self) -> str:
+        return ''
 
 
 class Extremes:
@@ -54,6 +58,9 @@ class Extremes:
     def rest(self) -> Iterator[Row]:
         yield from (row for *_, row in sorted(self.heap, reverse=True))
 
+    def note(self) -> str:
+        return ''
+
 
 class BestOfGroups:
     """The best row of each group, in the order in which the groups came up."""
@@ -61,10 +68,13 @@ class BestOfGroups:
     def __init__(self, group_of: Callable[[str], str | None]) -> None:
         self.group_of = group_of
         self.best: dict[str, Row] = {}
+        self.without = 0
 
     def add(self, row: Row) -> Iterator[Row]:
         group = self.group_of(row['path'])
-        if group is not None:
+        if group is None:
+            self.without += 1
+        else:
             known = self.best.setdefault(group, row)
             if row['score'] > known['score']:
                 self.best[group] = row
@@ -72,6 +82,12 @@ class BestOfGroups:
 
     def rest(self) -> Iterator[Row]:
         yield from self.best.values()
+
+    def note(self) -> str:
+        """What the summary says of photographs that are in no group."""
+        if not self.without:
+            return ''
+        return f'{self.without:,} match no group of --best-of, and are not shown.'
 
 
 def grouping(by: str) -> Callable[[str], str | None]:

@@ -226,6 +226,8 @@ class Session:
         if not self.arguments.quiet:
             for line in summary(self.tally, self.backend, self.arguments.output):
                 print(line, file=sys.stderr)
+            if note := self.selection.note():
+                print(note, file=sys.stderr)
 
 
 def _selection(arguments: argparse.Namespace) -> Selection:
