@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -225,3 +226,15 @@ def test_an_environment_that_works_has_no_problems(tmp_path: Path) -> None:
     assert 1 <= report['self-test']['torch'] <= 5
     if report['versions']['onnxruntime'] != 'not installed':
         assert report['self-test']['difference'] < 0.005
+
+
+def test_a_missing_library_says_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == 'scipy':
+            raise importlib.metadata.PackageNotFoundError
+        return '1'
+
+    monkeypatch.setattr(importlib.metadata, 'version', version)
+    found = sections.versions()
+    assert found['scipy'] == 'not installed; needed for compare, label'
+    assert found['pandas'] == '1'

@@ -36,10 +36,19 @@ DISTRIBUTIONS = (
     'numpy',
     'Pillow',
     'pandas',
+    'scipy',
     'pyarrow',
+    'PyWavelets',
     'safetensors',
     'setuptools',
 )
+# What a missing one takes away, where scores go on without it.
+NEEDED_FOR = {
+    'pandas': 'report, compare',
+    'scipy': 'compare, label',
+    'pyarrow': 'Parquet files',
+    'PyWavelets': 'label',
+}
 ABSENT, NO_GRAPH = 'not installed', 'no graph beside the weights'
 
 STARTUP_FILE = 'pyiqa_clipkd.pth'
@@ -66,7 +75,8 @@ def versions() -> Report:
         try:
             found[name] = importlib.metadata.version(name) or 'unknown'
         except importlib.metadata.PackageNotFoundError:
-            found[name] = ABSENT
+            needed = NEEDED_FOR.get(name)
+            found[name] = f'{ABSENT}; needed for {needed}' if needed else ABSENT
         except Exception as error:  # a record that an aborted pip left behind
             found[name] = f'damaged record ({type(error).__name__})'
     return found
