@@ -245,6 +245,11 @@ def build_open_clip_model(
             f'`pretrained` must be a file or one of the tags {", ".join(tags)} of '
             f'{name}, but got {str(pretrained)!r}.'
         )
+    if 'config' in weights.metadata:
+        raise ValueError(
+            f'`pretrained`: {weights.source} is a network of this package, which has '
+            "no text tower any more: give CLIP's own file."
+        )
     quick_gelu |= _is_openai(weights)
     model = _random_model(name, quick_gelu)
     tensors = {k: v for k, v in weights.tensors.items() if k not in OPENAI_NUMBERS}
@@ -286,6 +291,12 @@ def open_clip_embed_dim(encoder: str) -> int:
     import open_clip
 
     return int(open_clip.get_model_config(encoder.removeprefix(OPEN_CLIP))['embed_dim'])
+
+
+def image_size(visual: nn.Module, default: int) -> int:
+    """Side in pixels of the squares that an image tower of open_clip takes."""
+    size = getattr(visual, 'image_size', default)
+    return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
 def has_quick_gelu(model: nn.Module) -> bool:

@@ -43,7 +43,7 @@ def arc_anchors(levels: int, embed_dim: int, seed: int = 0) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=1) @ plane.T
 
 
-def _full_precision(embedding: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
+def in_full_precision(embedding: Tensor) -> tuple[Tensor, AbstractContextManager[Any]]:
     """The embedding in float32 at least, and a context that keeps it so.
 
     A cosine divided by a temperature of 0.01 is no score any more in half precision,
@@ -102,7 +102,7 @@ class LikertHead(nn.Module):
 
         In float32 at least, also under autocast.
         """
-        embedding, full_precision = _full_precision(embedding)
+        embedding, full_precision = in_full_precision(embedding)
         with full_precision:
             anchors = F.normalize(self.anchors.to(embedding.dtype), dim=-1)
             similarity = F.normalize(embedding, dim=-1) @ anchors.T
@@ -131,7 +131,7 @@ class RegressionHead(nn.Module):
 
         In float32 at least, also under autocast.
         """
-        embedding, full_precision = _full_precision(embedding)
+        embedding, full_precision = in_full_precision(embedding)
         with full_precision:
             weight = self.linear.weight.to(embedding.dtype)
             bias = self.linear.bias.to(embedding.dtype)

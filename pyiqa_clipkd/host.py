@@ -23,29 +23,54 @@ def register_archs() -> None:
     """Entry point of the group `pyiqa.archs`."""
     from pyiqa.utils.registry import ARCH_REGISTRY
 
+    from pyiqa_clipkd.attributes.student import AttributeStudent
     from pyiqa_clipkd.metric import CLIPKDMetric
     from pyiqa_clipkd.network import CLIPKDStudent, CLIPLikert
 
-    _register(ARCH_REGISTRY, CLIPLikert, CLIPKDStudent, CLIPKDMetric)
+    _register(ARCH_REGISTRY, CLIPLikert, CLIPKDStudent, CLIPKDMetric, AttributeStudent)
 
 
 def register_losses() -> None:
     """Entry point of the group `pyiqa.losses`."""
     from pyiqa.utils.registry import LOSS_REGISTRY
 
+    from pyiqa_clipkd.attributes.loss import AttributeRankLoss
     from pyiqa_clipkd.loss import CosineSoftHardLoss
     from pyiqa_clipkd.ranking import DegradationRankingLoss
 
-    _register(LOSS_REGISTRY, CosineSoftHardLoss, DegradationRankingLoss)
+    _register(
+        LOSS_REGISTRY, CosineSoftHardLoss, DegradationRankingLoss, AttributeRankLoss
+    )
 
 
 def register_models() -> None:
     """Entry point of the group `pyiqa.models`."""
     from pyiqa.utils.registry import MODEL_REGISTRY
 
+    from pyiqa_clipkd.attributes.model import AttributeModel
     from pyiqa_clipkd.model import CLIPKDModel
 
-    _register(MODEL_REGISTRY, CLIPKDModel)
+    _register(MODEL_REGISTRY, CLIPKDModel, AttributeModel)
+
+
+def register_datasets() -> None:
+    """Entry point of the group `pyiqa.datasets`."""
+    from pyiqa.utils.registry import DATASET_REGISTRY
+
+    from pyiqa_clipkd.attributes.dataset import AttributeDataset
+
+    _register(DATASET_REGISTRY, AttributeDataset)
+
+
+def register_metrics() -> None:
+    """Entry point of the group `pyiqa.metrics`: the figures of a validation."""
+    from pyiqa.utils.registry import METRIC_REGISTRY
+
+    from pyiqa_clipkd.attributes.correlation import (
+        calculate_attribute_correlation,
+    )
+
+    _register(METRIC_REGISTRY, calculate_attribute_correlation)
 
 
 def add_metrics(table: dict[str, Any]) -> None:

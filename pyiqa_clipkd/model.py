@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pyiqa.archs import build_network
 from pyiqa.data import build_dataset
@@ -98,7 +99,8 @@ def check_data_sets(opt: dict[str, Any]) -> None:
                 '`data:override_phase=val`.'
             )
         try:
-            mos_to_score_range(torch.tensor([float(row[-1]) for row in rows]))
+            labels = np.array([row[-1] for row in rows], dtype=np.float32)
+            mos_to_score_range(torch.from_numpy(labels))
         except ValueError as error:
             raise ValueError(f'{where}: {error}') from error
 
@@ -119,6 +121,9 @@ class CLIPKDModel(GeneralIQAModel):
     The teacher is frozen, in evaluation mode, in no checkpoint and in no optimizer.
     """
 
+    # What `predictions_DATA.csv` says of an image.
+    prediction_columns: tuple[str, ...] = ('score', 'mos')
+
     def __init__(self, opt: dict[str, Any]) -> None:
         BaseModel.__init__(self, opt)
         self.use_ref = False
@@ -127,7 +132,7 @@ class CLIPKDModel(GeneralIQAModel):
         self.view_keys: Tensor | None = None
         self.copies: tuple[Tensor | None, Tensor | None] = (None, None)
         self._started, self._seconds_before = time.time(), 0.0
-        self._predictions: list[tuple[str, float, float]] = []
+        self._predictions: list[tuple[str, list[float]]] = []
         check_data_sets(opt)
         self.teacher = self._build_teacher()
         self.cache = self._open_cache()
@@ -221,6 +226,9 @@ class CLIPKDModel(GeneralIQAModel):
 
     def _build_network(self) -> QualityNetwork:
         options = self.opt['network']
+        if self.is_train and options.get('encoder_weights'):
+            weights = str(options['encoder_weights'])
+            options['encoder_weights'] = self._of_this_split(weights)
         known: dict[str, Any] = {}
         path = self.opt['path'].get('pretrain_network')
         if path and self.is_train:
@@ -301,19 +309,8 @@ class CLIPKDModel(GeneralIQAModel):
     # --- training ---------------------------------------------------------------
 
     def init_training_settings(self) -> None:
-        train_opt = self.opt['train']
         self.total_iterations = iterations_that_run(self.opt)
-        self.cri_metric = self.cri_ranking = None
-        if self.teacher is None:
-            self.cri_mos = self._build_loss('mos_loss_opt')
-        else:
-            self.cri_distillation = self._build_loss('distillation_loss_opt')
-            get_root_logger().info(f'Distillation: {self.cri_distillation}')
-        if train_opt.get('metric_loss_opt'):
-            self.cri_metric = self._build_loss('metric_loss_opt')
-        if train_opt.get('ranking_loss_opt'):
-            self.cri_ranking = self._build_loss('ranking_loss_opt')
-
+        self._build_losses()
         self.net.train()
         self.net_best = build_network(without_weights(self.opt['network']))
         self.net_best.to(self.device)
@@ -333,6 +330,19 @@ class CLIPKDModel(GeneralIQAModel):
         super().setup_optimizers()
         if self.hints is not None:
             self.optimizer.add_param_group({'params': list(self.hints.parameters())})
+
+    def _build_losses(self) -> None:
+        train_opt = self.opt['train']
+        self.cri_metric = self.cri_ranking = None
+        if self.teacher is None:
+            self.cri_mos = self._build_loss('mos_loss_opt')
+        else:
+            self.cri_distillation = self._build_loss('distillation_loss_opt')
+            get_root_logger().info(f'Distillation: {self.cri_distillation}')
+        if train_opt.get('metric_loss_opt'):
+            self.cri_metric = self._build_loss('metric_loss_opt')
+        if train_opt.get('ranking_loss_opt'):
+            self.cri_ranking = self._build_loss('ranking_loss_opt')
 
     def _build_loss(self, key: str) -> Any:
         options = self.opt['train'].get(key)
@@ -376,7 +386,11 @@ class CLIPKDModel(GeneralIQAModel):
         self.copies = data.get('copies'), data.get('levels')
         self.img_paths = data.get('img_path', [])
         if 'mos_label' in data:
-            self.gt_mos = mos_to_score_range(data['mos_label']).to(self.device)
+            self.gt_mos = self._labels(data['mos_label']).to(self.device)
+
+    def _labels(self, labels: Tensor) -> Tensor:
+        """The data set's labels -> what the network is to say."""
+        return mos_to_score_range(labels)
 
     def optimize_parameters(self, current_iter: int) -> None:
         # Dropout and drop path depend on the iteration alone, so a resumed run sees the
@@ -386,11 +400,28 @@ class CLIPKDModel(GeneralIQAModel):
         torch.manual_seed(seed * world_size + rank)
         progress = self.engine.progress(current_iter)
         self._set_learning_rate(progress)
-        output, copies, levels = self._forward(seed * world_size + rank)
-        self.output_score = output.score
+        terms, logged = self._losses(progress, seed * world_size + rank)
+        logged['lr'] = self.get_current_learning_rate()[0]
+        logged.update(self.engine.backward(terms['l_total'], current_iter))
+        self.log_dict = {**self.reduce_loss_dict(terms), **logged}
+        if self._progress_bar is not None:
+            self._progress_bar.update(current_iter - self._progress_bar.n)
+            if current_iter == self.total_iterations:
+                self._progress_bar.close()
 
+    def _losses(
+        self, progress: float, seed: int
+    ) -> tuple[OrderedDict[str, Tensor], dict[str, float]]:
+        """The terms of the loss of a batch, `l_total` among them, and what else to log.
+
+        Args:
+            progress: t / T in [0, 1].
+            seed: of what is drawn in this iteration.
+        """
+        output, copies, levels = self._forward(seed)
+        self.output_score = output.score
         terms: OrderedDict[str, Tensor] = OrderedDict()
-        logged = {'lr': self.get_current_learning_rate()[0]}
+        logged: dict[str, float] = {}
         if self.teacher is None:
             total = self.cri_mos(output.score, self.gt_mos)
             terms['l_mos'] = total
@@ -413,12 +444,7 @@ class CLIPKDModel(GeneralIQAModel):
             terms['l_metric'] = self.cri_metric(output.score, self.gt_mos)
             total = total + terms['l_metric']
         terms['l_total'] = total
-        logged.update(self.engine.backward(total, current_iter))
-        self.log_dict = {**self.reduce_loss_dict(terms), **logged}
-        if self._progress_bar is not None:
-            self._progress_bar.update(current_iter - self._progress_bar.n)
-            if current_iter == self.total_iterations:
-                self._progress_bar.close()
+        return terms, logged
 
     def _forward(self, seed: int) -> tuple[QualityOutput, Tensor, Tensor]:
         """What the network says of the batch, and of copies for the ranking.
@@ -465,10 +491,8 @@ class CLIPKDModel(GeneralIQAModel):
             # Not the parallel wrapper: one process validates alone.
             self.output_score = self.get_bare_model(self.net)(self.img_input)
         self.net.train(self.is_train)
-        scores, labels = self.output_score.flatten(), self.gt_mos.flatten()
-        self._predictions += zip(
-            self.img_paths, scores.tolist(), labels.tolist(), strict=False
-        )
+        values = torch.cat([self.output_score, self.gt_mos], dim=1).tolist()
+        self._predictions += zip(self.img_paths, values, strict=False)
 
     def validation(
         self, dataloader: Any, current_iter: Any, tb_logger: Any, save_img: bool = False
@@ -491,15 +515,15 @@ class CLIPKDModel(GeneralIQAModel):
 
     @master_only
     def _write_predictions(self, data: str) -> None:
-        """`predictions_DATA.csv`: image, score and mos, both in [1, 5]."""
+        """`predictions_DATA.csv`: image, then what the network and the labels say."""
         folder = 'experiments_root' if self.is_train else 'results_root'
         path = Path(self.opt['path'][folder], f'predictions_{data}.csv')
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open('w', newline='') as file:
             writer = csv.writer(file)
-            writer.writerow(['image', 'score', 'mos'])
-            for image, score, mos in self._predictions:
-                writer.writerow([Path(image).name, f'{score:.5f}', f'{mos:.5f}'])
+            writer.writerow(['image', *self.prediction_columns])
+            for image, values in self._predictions:
+                writer.writerow([Path(image).name, *(f'{v:.5f}' for v in values)])
 
     def _validation_sets(self) -> int:
         return sum(phase.split('_')[0] == 'val' for phase in self.opt['datasets'])

@@ -16,6 +16,7 @@ from pyiqa_clipkd.encoders import (
     build_timm_encoder,
     clip_anchors,
     has_quick_gelu,
+    image_size,
     open_clip_embed_dim,
     resolve_encoder,
 )
@@ -297,8 +298,7 @@ class _ImageTower(Encoder):
         self, visual: nn.Module, embed_dim: int, encoder: str, input_size: int
     ) -> None:
         super().__init__(visual, embed_dim, None)
-        native = getattr(visual, 'image_size', input_size)
-        native = native[0] if isinstance(native, (tuple, list)) else native
+        native = image_size(visual, input_size)
         if native != input_size:
             raise ValueError(
                 f'`input_size` of {encoder} must be {native}, but got {input_size}.'
@@ -365,7 +365,7 @@ def load_network(path: str | Path | Weights, **changes: Any) -> QualityNetwork:
 
 
 def load_tensors(
-    network: QualityNetwork, tensors: Mapping[str, Tensor], source: str | Path
+    network: nn.Module, tensors: Mapping[str, Tensor], source: str | Path
 ) -> None:
     """Load a whole state dict, in any float precision.
 

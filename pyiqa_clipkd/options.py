@@ -66,6 +66,7 @@ def load_options(
     _fill(options, 'save_final_results_path', words)
     _fill(options.get('path') or {}, 'pretrain_network', words)
     _fill(options.get('teacher') or {}, 'weights', words)
+    _fill(options.get('network') or {}, 'encoder_weights', words)
     for key, own in (options.get('datasets') or {}).items():
         options['datasets'][key] = _merged(_unshared(data), own or {})
     return options

@@ -33,14 +33,20 @@ CONFIGS = ROOT / 'configs'
 # A file of its own is a recipe; an overlay goes behind one.
 OVERLAYS = sorted(
     str(path.relative_to(CONFIGS))
-    for path in [*CONFIGS.glob('variants/*.yml'), *CONFIGS.glob('*/protocol_*.yml')]
+    for path in [
+        *CONFIGS.glob('variants/*.yml'),
+        *CONFIGS.glob('*/protocol_*.yml'),
+        *(CONFIGS / 'attributes' / name for name in ('biq2021.yml', 'start.yml')),
+    ]
 )
+# Without human scores, so unlike the others: tests/test_attribute_model.py runs it.
+PRETRAINING = 'attributes/pretrain.yml'
 FILES = sorted(
     name
     for path in CONFIGS.glob('*/*.yml')
     if path.parent.name not in ('_base_', 'results')
     if path != CONFIGS / 'release' / 'plan.yml'
-    if (name := str(path.relative_to(CONFIGS))) not in OVERLAYS
+    if (name := str(path.relative_to(CONFIGS))) not in [*OVERLAYS, PRETRAINING]
 )
 DISTILLED = [file for file in FILES if file.endswith('stage3_student.yml')]
 VARIANTS = [Path(name).name for name in OVERLAYS if name.startswith('variants/')]
@@ -53,7 +59,7 @@ SOFT_WEIGHTS = {
 PAPER_SETS = ('koniq10k', 'spaq', 'csiq', 'live')
 STAGES = ('stage1_zeroshot', 'stage2_teacher', 'stage3_student')
 FULL_REFERENCE = ('csiq', 'live')
-BIQ2021 = ('biq2021', 'biq2021_small', 'release')
+BIQ2021 = ('biq2021', 'biq2021_small', 'release', 'attributes')
 SECOND_SIDE = dict.fromkeys(BIQ2021, 'test')  # all others: val
 TINY = 'timm:test_efficientnet'
 PRESETS = ('swin', 'resnet18', 'mobilevit', 'efficientnet', 'efficientnet_lite')
@@ -234,9 +240,7 @@ def test_a_variant_fits_behind_every_recipe_of_a_student(variant: str) -> None:
     assert not names & {options_of(file)['name'] for file in FILES}
 
 
-@pytest.mark.parametrize(
-    'file', [name for name in OVERLAYS if not name.startswith('variants/')]
-)
+@pytest.mark.parametrize('file', [name for name in OVERLAYS if '/protocol_' in name])
 def test_a_protocol_changes_the_split_alone(file: str) -> None:
     for stage in STAGES:
         recipe = CONFIGS / Path(file).parent / f'{stage}.yml'
@@ -259,7 +263,7 @@ def test_a_student_has_a_teacher_with_weights_or_none() -> None:
 def test_the_readme_has_a_row_for_every_file_and_no_other() -> None:
     text = (CONFIGS / 'README.md').read_text()
     rows = set(re.findall(r'^\| `([\w/.]+\.yml)`', text, flags=re.MULTILINE))
-    assert rows == {*FILES, *OVERLAYS}
+    assert rows == {*FILES, *OVERLAYS, PRETRAINING}
 
 
 # --- one iteration of each ---------------------------------------------------------

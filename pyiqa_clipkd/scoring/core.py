@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pyiqa_clipkd.files import SHORT_HASH
-from pyiqa_clipkd.images import (
-    MAX_PIXELS,
-    ORIENTATION,
-    UPRIGHT,
-    UnreadableError,
-    read_photograph,
-    squares,
-)
+from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError, read_photograph, squares
 from pyiqa_clipkd.scale import level_of, to_100
 from pyiqa_clipkd.scoring.backends import Backend
-from pyiqa_clipkd.scoring.files import is_raw
+from pyiqa_clipkd.scoring.reading import MEMORY, Allowance, in_order, reason_of, refuse
+from pyiqa_clipkd.scoring.reading import decoded_bytes as _decoded_bytes
 from pyiqa_clipkd.scoring.tables import PROBABILITY, Row, columns
-
-# Bytes of decoded photographs that all workers together hold at a time: two upright
-# JPEGs of 48 megapixels. A single larger one is decoded alone.
-MEMORY = 400_000_000
-
-# Bytes a pixel: Pillow's RGB, and what it takes at most to get there from elsewhere.
-RGB_BYTES, OTHER_BYTES = 4, 12
 
 # Digits after the point of what is written; scores are good for five.
 DIGITS = 6
-
-T = TypeVar('T')
-R = TypeVar('R')
 
 
 def score_paths(
@@ -89,9 +68,9 @@ def score_paths(
             )
     engine = _Engine(backend, crops, max_pixels)
     if batch_size == 1:
-        return _in_order(engine.score, paths, workers, 4 * workers)
+        return in_order(engine.score, paths, workers, 4 * workers)
     # What waits for its batch are squares, not whole photographs.
-    prepared = _in_order(engine.prepare, paths, workers, workers + batch_size)
+    prepared = in_order(engine.prepare, paths, workers, workers + batch_size)
     return engine.score_batches(prepared, batch_size)
 
 
@@ -112,24 +91,6 @@ def identity_of(backend: Backend, crops: int) -> Row:
     }
 
 
-def _in_order(
-    function: Callable[[T], R], items: Iterable[T | None], workers: int, ahead: int
-) -> Iterator[R]:
-    """`map` by threads that work at most `ahead` items ahead; `None` is no item."""
-    executor = ThreadPoolExecutor(workers)
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            if item is not None:
-                waiting.append(executor.submit(function, item))
-            while waiting and (len(waiting) >= ahead or waiting[0].done()):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:  # also when nobody wants more: what has not begun never does
-        executor.shutdown(cancel_futures=True)
-
-
 class _Prepared(NamedTuple):
     """A row without a score, and what to score: (1 + K, 3, S, S), or `None`."""
 
@@ -145,7 +106,7 @@ class _Engine:
         self.backend = backend
         self.crops = crops
         self.max_pixels = max_pixels
-        self.memory = _Allowance(MEMORY)
+        self.memory = Allowance(MEMORY)
         self.common = identity_of(backend, crops) | {
             'weights': backend.weights,
             'backend': backend.name,
@@ -165,7 +126,7 @@ class _Engine:
         try:
             with self.memory.take(_decoded_bytes(path)):
                 start = time.perf_counter()  # without the wait for other photographs
-                _refuse(path)
+                refuse(path)
                 photograph = read_photograph(path, max_pixels=self.max_pixels)
                 row['width'], row['height'] = photograph.width, photograph.height
                 row['format'] = photograph.format
@@ -174,7 +135,7 @@ class _Engine:
                 pixels = squares(photograph.image, size, crops=self.crops)
                 del photograph
         except Exception as error:
-            row['error'] = _reason(error)
+            row['error'] = reason_of(error)
         return _Prepared(row, pixels, time.perf_counter() - start)
 
     def score_batches(
@@ -196,7 +157,7 @@ class _Engine:
                     self.add_scores([one])
                 return
             for one in good:
-                one.row['error'] = _reason(error)
+                one.row['error'] = reason_of(error)
         share = (time.perf_counter() - start) / max(len(good), 1)
         for one in batch:
             seconds = one.seconds + (share if one.squares is not None else 0)
@@ -244,59 +205,3 @@ def _described(score: float, levels: Sequence[str]) -> dict[str, Any]:
         'score_100': round(to_100(score), DIGITS - 2),
         'level': level_of(score, levels),
     }
-
-
-def _refuse(path: Path) -> None:
-    """What Pillow would describe wrongly, or take its thumbnail for it."""
-    if is_raw(path):
-        raise UnreadableError("a camera's raw data: develop it first")
-    if path.is_dir():
-        try:
-            os.scandir(path).close()
-        except OSError:
-            raise UnreadableError('a folder that may not be read') from None
-
-
-def _reason(error: Exception) -> str:
-    """One line for a row."""
-    if isinstance(error, UnreadableError):
-        return str(error)
-    text = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {text}' if text else type(error).__name__
-
-
-def _decoded_bytes(path: Path) -> int:
-    """About how much memory a photograph takes at most; by its header alone."""
-    if not path.is_file():  # a pipe would be waited for
-        return 0
-    try:
-        with Image.open(path) as image:
-            pixels = image.width * image.height
-            plain = image.mode == 'RGB' and 'transparency' not in image.info
-            if plain and image.format in ('JPEG', 'MPO'):  # others must be decoded
-                plain = image.getexif().get(ORIENTATION, UPRIGHT) == UPRIGHT
-    except Exception:  # whatever it is, `read_photograph` will say so
-        return 0
-    return pixels * (RGB_BYTES if plain else OTHER_BYTES)
-
-
-class _Allowance:
-    """So much of something for all threads together; who wants more waits."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.left = total
-        self.changed = threading.Condition()
-
-    @contextmanager
-    def take(self, amount: int) -> Iterator[None]:
-        amount = min(amount, self.total)
-        with self.changed:
-            self.changed.wait_for(lambda: self.left >= amount)
-            self.left -= amount
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.left += amount
-                self.changed.notify_all()

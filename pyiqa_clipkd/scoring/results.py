@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.scoring.tables import (
@@ -27,12 +27,14 @@ from pyiqa_clipkd.scoring.tables import (
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]
 
-__all__ = ['Results', 'check_ending', 'columns', 'read_results']
+__all__ = ['Results', 'RowFile', 'check_ending', 'columns', 'read_results']
 
-# Rows that differ in one of these don't belong in one file.
+# Rows of scores that differ in one of these don't belong in one file.
 IDENTITY = ('metric', 'sha256', 'crops', 'input_size')
 
 JOURNAL = '.jsonl'
+
+Self = TypeVar('Self', bound='RowFile')
 
 
 def check_ending(path: Path) -> str:
@@ -57,8 +59,8 @@ def journal_path(path: Path) -> Path:
     return path.with_name(f'.{path.name}.rows{JOURNAL}')
 
 
-class Results:
-    """A result file that grows by whole rows.
+class RowFile:
+    """A file that grows by whole rows, a photograph each.
 
     A run that was stopped, even in the middle of a row, is taken up again: what the
     file has is in `done`, and a torn row at its end is dropped. A Parquet file appears
@@ -66,31 +68,35 @@ class Results:
 
     Args:
         path: its ending says how it is written: .csv, .jsonl or .parquet.
-        levels: the metric's words.
-        identity: `metric`, `sha256`, `crops`, `input_size` of the rows to come.
+        names: the columns, beginning with `path`; one is `error`.
+        identity: columns that are the same in all rows, and what they hold.
         overwrite: begin anew, whatever the file holds.
-        retry: drop the rows with an error, for these files to be scored again.
+        retry: drop the rows with an error, for these files to be read again.
 
     Attributes:
-        done: path -> score of the photographs in the file, `None` for a bad one.
+        kind: what the rows are, in a word for messages.
+        value: the column that bad files don't have.
+        done: path -> value of the photographs in the file, `None` for a bad one.
         errors: path -> error of the bad ones.
 
     Raises:
-        ValueError: if the file holds something else, or scores of another kind.
+        ValueError: if the file holds something else, or rows of another identity.
     """
+
+    kind, value = 'rows', 'score'
 
     def __init__(
         self,
         path: Path,
-        levels: Sequence[str],
+        names: Sequence[str],
         identity: Mapping[str, Any],
         *,
         overwrite: bool = False,
         retry: bool = False,
     ) -> None:
         self.path = path
-        self.names = columns(levels)
-        self.identity = {key: identity[key] for key in IDENTITY}
+        self.names = list(names)
+        self.identity = dict(identity)
         self.is_parquet = check_ending(path) == PARQUET
         self.rows_path = journal_path(path) if self.is_parquet else path
         self.format = TEXT_FORMATS[self.rows_path.suffix.lower()]
@@ -142,7 +148,7 @@ class Results:
             del self.done[key]
         self.errors.clear()
         if self.is_parquet and self.path.exists():
-            write_parquet(self.path, self.names, _good(parquet_rows(self.path)))
+            write_parquet(self.path, self.names, self._good(parquet_rows(self.path)))
         if self.rows_path.exists():
             target = Path(os.path.realpath(self.rows_path))  # a link stays one
             with (
@@ -152,23 +158,31 @@ class Results:
             ):
                 new.write(self.format.header(self.names))
                 rows = (record.row for record in self.format.records(file))
-                new.writelines(map(self.format.encode, _good(rows)))
+                new.writelines(map(self.format.encode, self._good(rows)))
 
     def _take(self, row: Row) -> None:
         if [*row] != self.names:
             raise ValueError(_other(self.path, self.names))
-        found = {key: row[key] for key in IDENTITY}
+        found = {key: row[key] for key in self.identity}
         if found != self.identity:
             raise ValueError(
-                f'{self.path} holds scores of {_words(found)}, but these are of '
-                f'{_words(self.identity)}. Choose another file, or --overwrite it.'
+                f'{self.path} holds {self.kind} of {self.words(found)}, but these are '
+                f'of {self.words(self.identity)}. Choose another file, or '
+                '--overwrite it.'
             )
         key = self.key(row['path'])
-        self.done[key] = row['score']
-        if row['score'] is None:
+        self.done[key] = row[self.value]
+        if row[self.value] is None:
             self.errors[key] = row['error']
         else:
             self.errors.pop(key, None)
+
+    def _good(self, rows: Iterator[Row]) -> Iterator[Row]:
+        return (row for row in rows if row[self.value] is not None)
+
+    def words(self, identity: Mapping[str, Any]) -> str:
+        """What rows of an identity are of, for messages."""
+        return ', '.join(f'{name} {value}' for name, value in identity.items())
 
     def key(self, path: str) -> str:
         """A path as `done` has it."""
@@ -198,7 +212,7 @@ class Results:
                 if valid_text(row['path']) not in seen:
                     yield row
 
-    def __enter__(self) -> Results:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
@@ -212,8 +226,35 @@ class Results:
         self.file.close()
 
 
-def _good(rows: Iterator[Row]) -> Iterator[Row]:
-    return (row for row in rows if row['score'] is not None)
+class Results(RowFile):
+    """The scores of one metric.
+
+    Args:
+        path: see `RowFile`.
+        levels: the metric's words.
+        identity: `metric`, `sha256`, `crops`, `input_size` of the rows to come.
+        overwrite, retry: see `RowFile`.
+    """
+
+    kind = 'scores'
+
+    def __init__(
+        self,
+        path: Path,
+        levels: Sequence[str],
+        identity: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        retry: bool = False,
+    ) -> None:
+        own = {key: identity[key] for key in IDENTITY}
+        super().__init__(path, columns(levels), own, overwrite=overwrite, retry=retry)
+
+    def words(self, identity: Mapping[str, Any]) -> str:
+        return (
+            f'{identity["metric"]} (weights {identity["sha256"]}, crops '
+            f'{identity["crops"]}, input size {identity["input_size"]})'
+        )
 
 
 def _read(path: Path, rows: Iterator[Any]) -> Iterator[Any]:
@@ -224,13 +265,6 @@ def _read(path: Path, rows: Iterator[Any]) -> Iterator[Any]:
         if str(path) in str(error):
             raise
         raise ValueError(f'{path} is damaged or no result file ({error}).') from error
-
-
-def _words(identity: Mapping[str, Any]) -> str:
-    return (
-        f'{identity["metric"]} (weights {identity["sha256"]}, crops '
-        f'{identity["crops"]}, input size {identity["input_size"]})'
-    )
 
 
 def _other(path: Path, names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Result rows as CSV, JSONL and Parquet: how they're written, and read again.
 
-A row is a dictionary with the keys of `columns`; what a bad file hasn't is `None`.
+A row is a dictionary with the keys of `columns`, or of `LABEL_COLUMNS`; what a bad file
+hasn't is `None`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.files import written_whole
 
 Row = dict[str, Any]
 
-PROBABILITY = 'p_'
+PROBABILITY, RAW = 'p_', 'raw_'
 FIRST = ('path', 'score', 'score_100', 'level')
 LAST = (
     *('metric', 'weights', 'sha256', 'backend', 'crops', 'input_size'),
     *('width', 'height', 'format', 'notes', 'seconds', 'error'),
 )
-FLOATS = {'score', 'score_100', 'seconds'}
+LABEL_COLUMNS = (
+    *('path', *ATTRIBUTES, *(RAW + attribute for attribute in ATTRIBUTES)),
+    *('labeller', 'width', 'height', 'format', 'notes', 'error'),
+)
+FLOATS = {'score', 'score_100', 'seconds', *ATTRIBUTES}
 INTEGERS = {'crops', 'input_size', 'width', 'height'}
 
 # Rows that are held in memory at once when a Parquet file is written.
@@ -37,7 +43,7 @@ def columns(levels: Sequence[str]) -> list[str]:
 
 def is_number(column: str) -> bool:
     """Whether a column holds numbers; the others hold text."""
-    return column in FLOATS | INTEGERS or column.startswith(PROBABILITY)
+    return column in FLOATS | INTEGERS or column.startswith((PROBABILITY, RAW))
 
 
 class Record(NamedTuple):

@@ -1,0 +1,1 @@
+"""Five attributes of a photograph: how each is named, changed, measured, labelled."""
