@@ -23,10 +23,18 @@ SUBCOMMANDS = {
     'score': ('scoring.command', 'score photographs: files, folders, lists'),
     'report': ('report.command', 'one page with all results of a run, or of two'),
     'compare': ('compare', 'do two folders or runs differ, and how surely?'),
+    'label': (
+        'attributes.command',
+        'pseudo-labels of five attributes for a folder, as Parquet',
+    ),
     'export': ('export.command', 'write a metric as ONNX, for servers and phones'),
     'models': ('models', 'the metrics, their weights and where they come from'),
+    'map': ('maps.command', 'where a photograph is good and bad: a heat map'),
     'doctor': ('doctor', 'versions, hook, weights, devices: for a bug report'),
 }
+
+# Modules whose library has another name.
+LIBRARIES = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'yaml': 'pyyaml'}
 
 # Exit codes that all subcommands share.
 WRONG_USAGE, BUG, INTERRUPTED = 2, 70, 130
@@ -87,6 +95,15 @@ def _run(words: Sequence[str], chosen: str | None) -> int:
     return code
 
 
+def _remedy(error: Exception) -> str:
+    """What to install, where the library itself doesn't say so."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is None or 'pip install' in str(error):
+        return ''
+    library = missing.partition('.')[0]
+    return f': `pip install {LIBRARIES.get(library, library)}`'
+
+
 def _guarded(run: Callable[[], int], name: str | None) -> int:
     """The exit code of what is run; a user's mistake is one line, not a traceback."""
     try:
@@ -100,7 +117,7 @@ def _guarded(run: Callable[[], int], name: str | None) -> int:
         return 0
     except (OSError, ValueError, ImportError) as error:
         command = f'pyiqa-clipkd {name}' if name else 'pyiqa-clipkd'
-        print(f'{command}: error: {error}', file=sys.stderr)
+        print(f'{command}: error: {error}{_remedy(error)}', file=sys.stderr)
         return WRONG_USAGE
     except Exception:
         traceback.print_exc()

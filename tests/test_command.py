@@ -117,7 +117,8 @@ def test_the_exit_code_is_that_of_the_subcommand(code: int) -> None:
     [
         ("raise ValueError('`crops` must be 0.')", '`crops` must be 0.'),
         ("open('/gone/file')", 'No such file or directory'),
-        ('import module_that_is_missing', "No module named 'module_that_is_missing'"),
+        ('import module_that_is_missing', '`pip install module_that_is_missing`'),
+        ("raise ModuleNotFoundError(name='PIL.Image')", '`pip install pillow`'),
         ('from os import gone', "cannot import name 'gone'"),
     ],
 )
