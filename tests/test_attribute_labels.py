@@ -250,7 +250,7 @@ def test_other_labellers_go_through_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(command.LABELLERS, 'clip', lambda arguments: Sizes())
+    monkeypatch.setitem(command.LABELLERS, 'clip', lambda **_: Sizes())
     target = tmp_path / 'labels.csv'
     words = ['label', str(folder / '01.jpg'), '-o', str(target), '--labeller', 'clip']
     assert main_command.main(words) == 0

@@ -164,7 +164,7 @@ def test_values_follow_their_own_change_and_leave_others_alone(
         photographs[name].resize((300, 200), Image.Resampling.BOX)
         for name in ('coffee', 'chelsea', 'rocket')
     ]
-    labeller = MeasureLabeller()
+    labeller = script.create_labeller('measures')
     found = script.summary([script.agreements(image, labeller, 0) for image in images])
     assert min(found['own'].values()) >= 0.9, found['own']
     assert max(found['others'].values()) < 0.4, found['table']

@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     if STDIN in arguments.paths and sys.stdin is None:
         raise ValueError(f'{STDIN} needs standard input.')
     prepare_pillow()
-    labeller = LABELLERS[arguments.labeller](arguments)
+    labeller = LABELLERS[arguments.labeller](
+        weights=arguments.weights, prompts=arguments.prompts
+    )
     from pyiqa_clipkd.attributes.labels import write_labels
 
     stdin = unbuffered_stdin() if STDIN in arguments.paths else None
@@ -99,9 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
     return UNREADABLE if counts.bad else FINE
 
 
-def _measures(arguments: argparse.Namespace) -> Labeller:
-    for name in ('weights', 'prompts'):
-        if getattr(arguments, name) is not None:
+def _measures(*, weights: Path | None = None, prompts: Path | None = None) -> Labeller:
+    for name, value in (('weights', weights), ('prompts', prompts)):
+        if value is not None:
             raise ValueError(f'`--{name}` needs --labeller clip.')
     missing = [name for name in ('pywt', 'scipy') if find_spec(name) is None]
     if missing:
@@ -114,7 +116,7 @@ def _measures(arguments: argparse.Namespace) -> Labeller:
     return MeasureLabeller()
 
 
-def _clip(arguments: argparse.Namespace) -> Labeller:
+def _clip(*, weights: Path | None = None, prompts: Path | None = None) -> Labeller:
     missing = [name for name in ('torch', 'open_clip') if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -124,14 +126,11 @@ def _clip(arguments: argparse.Namespace) -> Labeller:
     from pyiqa_clipkd.attributes.clip import TAG, ClipLabeller
     from pyiqa_clipkd.attributes.prompts import PROMPTS, read_prompts
 
-    prompts = PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts)
-    return ClipLabeller(pretrained=arguments.weights or TAG, prompts=prompts)
+    pairs = PROMPTS if prompts is None else read_prompts(prompts)
+    return ClipLabeller(pretrained=weights or TAG, prompts=pairs)
 
 
-LABELLERS: dict[str, Callable[[argparse.Namespace], Labeller]] = {
-    'measures': _measures,
-    'clip': _clip,
-}
+LABELLERS: dict[str, Callable[..., Labeller]] = {'measures': _measures, 'clip': _clip}
 
 
 def _progress(stack: ExitStack) -> Callable[[], None] | None:
