@@ -258,6 +258,25 @@ def test_other_labellers_go_through_the_command(
     assert '1 labelled, 0 could not be' in capfd.readouterr().err
 
 
+def test_rows_do_not_wait_for_the_next_line_of_a_list(
+    folder: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / 'labels.csv'
+    first = files(folder)[0]
+    process = subprocess.Popen(
+        [*LABEL, '-', '-o', target, '--quiet'], stdin=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(f'{first}\n'.encode())
+    process.stdin.flush()
+    end = time.monotonic() + 60
+    while not (target.is_file() and len(target.read_text().splitlines()) > 1):
+        assert time.monotonic() < end, 'the row is held back'
+        time.sleep(0.05)
+    process.stdin.close()
+    assert process.wait(60) in (0, 3)
+
+
 def test_a_stop_by_the_user_keeps_the_rows(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

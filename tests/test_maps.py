@@ -376,6 +376,32 @@ def test_of_a_folder_each_photograph_gets_a_map_and_bad_files_are_named(
         assert names == ['a_2_map.png', 'a_map.png']
 
 
+def test_a_photograph_is_never_taken_for_a_map_or_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / 'city_map.png'
+    photograph(1, (200, 200)).save(own)
+    content = own.read_bytes()
+    assert main(['map', str(tmp_path), '-o', str(tmp_path / 'maps'), *FEW]) == 0
+    assert (tmp_path / 'maps' / 'city_map_map.png').is_file()
+    photograph(2, (200, 200)).save(tmp_path / 'city.png')
+    assert main(['map', str(tmp_path), '-o', str(tmp_path), *FEW]) == 2
+    assert 'city_map.png is there, and no map' in capsys.readouterr().err
+    assert own.read_bytes() == content
+
+
+def test_too_many_windows_of_one_photograph_stop_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr('pyiqa_clipkd.maps.windows.MOST_WINDOWS', 20)
+    Image.new('RGB', (200, 900)).save(folder / 'photos' / 'long.png')
+    words = ['--window', '100', '--stride', '50']
+    assert main(['map', 'photos', '-o', 'maps', *words]) == 3
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    assert 'long.png: `stride` must give at most 20 windows' in printed.err
+
+
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [

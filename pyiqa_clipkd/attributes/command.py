@@ -29,12 +29,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyiqa_clipkd.scoring.files import STDIN, find_photographs, unbuffered_stdin
+from pyiqa_clipkd.scoring.files import (
+    STDIN,
+    find_photographs,
+    listed_ahead,
+    unbuffered_stdin,
+)
 from pyiqa_clipkd.scoring.pillow import prepare_pillow
 from pyiqa_clipkd.scoring.results import check_ending
 
 if TYPE_CHECKING:
     from pyiqa_clipkd.attributes.labels import Counts, Labeller
+
+# Paths of a list that are read ahead.
+AHEAD = 1000
 
 # Exit codes.
 FINE, UNREADABLE, INTERRUPTED = 0, 3, 130
@@ -77,11 +85,15 @@ def run(arguments: argparse.Namespace) -> int:
     from pyiqa_clipkd.attributes.labels import write_labels
 
     stdin = unbuffered_stdin() if STDIN in arguments.paths else None
+    found = find_photographs(arguments.paths, stdin=stdin)
+    paths: Iterator[Path | None] = found
+    if stdin is not None:  # rows that are done need not wait for the list's next line
+        paths = listed_ahead(found, most=AHEAD)
     start = time.perf_counter()
     try:
         with ExitStack() as stack:
             counts = write_labels(
-                find_photographs(arguments.paths, stdin=stdin),
+                paths,
                 arguments.output,
                 labeller,
                 workers=arguments.workers,
@@ -127,7 +139,12 @@ def _clip(*, weights: Path | None = None, prompts: Path | None = None) -> Labell
     from pyiqa_clipkd.attributes.prompts import PROMPTS, read_prompts
 
     pairs = PROMPTS if prompts is None else read_prompts(prompts)
-    return ClipLabeller(pretrained=weights or TAG, prompts=pairs)
+    try:
+        return ClipLabeller(pretrained=weights or TAG, prompts=pairs)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"CLIP's weights can't be had ({error}). Give their file with --weights."
+        ) from error
 
 
 LABELLERS: dict[str, Callable[..., Labeller]] = {'measures': _measures, 'clip': _clip}

@@ -83,7 +83,7 @@ class Labels(RowFile):
 
 
 def write_labels(
-    paths: Iterable[Path],
+    paths: Iterable[Path | None],
     target: Path,
     labeller: Labeller,
     *,
@@ -100,6 +100,7 @@ def write_labels(
 
     Args:
         paths: of the photographs, read as they're needed; the rows have their order.
+            `None` says that the next is not there yet: rows that are done don't wait.
         target: its ending says how it is written: .parquet, .csv or .jsonl, with the
             columns `LABEL_COLUMNS`. A Parquet file appears at the end.
         labeller: for instance `MeasureLabeller()`.
@@ -129,8 +130,11 @@ def write_labels(
         ) as file,
     ):
 
-        def unknown() -> Iterator[Path]:
+        def unknown() -> Iterator[Path | None]:
             for path in paths:
+                if path is None:
+                    yield None
+                    continue
                 key = file.key(os.path.abspath(path))
                 if key not in file.done:
                     yield path

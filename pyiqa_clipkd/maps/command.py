@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,8 +41,9 @@ FINE, UNREADABLE = 0, 3
 PICTURES = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
 ARRAYS = ('.npy', '.csv')
 
-# Ending of the names in a folder.
+# Ending of the names in a folder, and the mark in a PNG file by which a map is known.
 MAP_ENDING = '_map.png'
+MARK = ('Software', 'pyiqa-clipkd map')
 
 JPEG_QUALITY = 90
 
@@ -102,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError
+    from pyiqa_clipkd.maps.windows import StrideError
     from pyiqa_clipkd.scoring.backends import create_backend
     from pyiqa_clipkd.scoring.files import find_photographs
 
@@ -110,8 +113,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.max_megapixels is not None:
         arguments.max_pixels = int(1e6 * arguments.max_megapixels)
         Image.MAX_IMAGE_PIXELS = max(arguments.max_pixels, MAX_PIXELS)
-    found = find_photographs(arguments.paths)
-    paths = [path for path in found if not _is_map(path, arguments.output)]
+    # The folder may have maps of an earlier run; what is named counts whatever it is.
+    named = {os.path.abspath(path) for path in arguments.paths}
+    paths = [
+        path
+        for path in find_photographs(arguments.paths)
+        if os.path.abspath(path) in named or not _is_map(path)
+    ]
     outputs = _outputs(arguments, paths)
     metric, weights = arguments.metric, arguments.weights
     if weights is None or weights.suffix.lower() != ONNX:  # such a file has a name
@@ -127,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path, output in zip(paths, outputs, strict=True):
         try:
             line = _map(path, output, backend, arguments)
-        except UnreadableError as error:
+        except (UnreadableError, StrideError) as error:
             print(f'{_shown(path)}: {error}', file=sys.stderr)
             code = UNREADABLE
         else:
@@ -192,6 +200,11 @@ def _outputs(arguments: argparse.Namespace, paths: Sequence[Path]) -> list[Path]
         )
     else:
         outputs = list(_names(output, paths))
+        if foreign := next((f for f in outputs if f.exists() and not _is_map(f)), None):
+            raise ValueError(
+                f'{foreign} is there, and no map: it stays as it is. Choose another '
+                'folder.'
+            )
     photographs = {path.resolve() for path in paths}
     for file in {*outputs, arguments.array} - {None}:
         if file.resolve() in photographs:
@@ -200,9 +213,17 @@ def _outputs(arguments: argparse.Namespace, paths: Sequence[Path]) -> list[Path]
     return outputs
 
 
-def _is_map(path: Path, folder: Path) -> bool:
-    """Whether an earlier run made it: the folder may be that of the photographs."""
-    return path.name.endswith(MAP_ENDING) and path.parent.resolve() == folder.resolve()
+def _is_map(path: Path) -> bool:
+    """Whether an earlier run made it."""
+    from PIL import Image
+
+    if not path.name.endswith(MAP_ENDING):
+        return False
+    try:
+        with Image.open(path) as image:
+            return bool(image.info.get(MARK[0]) == MARK[1])
+    except Exception:  # damaged, or no image
+        return False
 
 
 def _names(folder: Path, paths: Sequence[Path]) -> Iterator[Path]:
@@ -224,6 +245,8 @@ def _map(
     Raises:
         UnreadableError: if there are no pixels to score.
     """
+    from PIL.PngImagePlugin import PngInfo
+
     from pyiqa_clipkd.images import read_photograph
     from pyiqa_clipkd.maps.pictures import overlay
     from pyiqa_clipkd.maps.windows import quality_map
@@ -245,7 +268,9 @@ def _map(
     picture = overlay(image, quality, size=arguments.size, caption=words)
     with written_whole(output) as partial:
         form = PICTURES[output.suffix.lower()]
-        picture.save(partial, form, quality=JPEG_QUALITY)
+        mark = PngInfo()
+        mark.add_text(*MARK)
+        picture.save(partial, form, quality=JPEG_QUALITY, pnginfo=mark)
     if arguments.array:
         _write_array(quality, arguments.array)
     return f'{_shown(path)}: {words}'

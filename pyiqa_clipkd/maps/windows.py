@@ -37,6 +37,10 @@ STRIDE_SHARE, ENOUGH_WINDOWS = 1 / 3, 120
 MOST_WINDOWS = 100_000
 
 
+class StrideError(ValueError):
+    """The stride doesn't suit this photograph, though it may suit others."""
+
+
 class Window(NamedTuple):
     """One window of a map.
 
@@ -172,7 +176,7 @@ def _windows_map(
     """The arguments of `quality_map`, checked, with an RGB image."""
     tops, lefts = (starts(n, window, stride) for n in (image.height, image.width))
     if len(tops) * len(lefts) > MOST_WINDOWS:
-        raise ValueError(
+        raise StrideError(
             f'`stride` must give at most {MOST_WINDOWS:,} windows, but {stride} gives '
             f'{len(tops) * len(lefts):,}.'
         )
