@@ -394,7 +394,7 @@ def test_too_many_windows_of_one_photograph_stop_no_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr('pyiqa_clipkd.maps.windows.MOST_WINDOWS', 20)
-    Image.new('RGB', (200, 900)).save(folder / 'photos' / 'long.png')
+    Image.new('RGB', (200, 900)).save(folder / 'long.png')
     words = ['--window', '100', '--stride', '50']
     assert main(['map', 'photos', '-o', 'maps', *words]) == 3
     printed = capsys.readouterr()
