@@ -36,8 +36,8 @@ SUBCOMMANDS = {
 # Modules whose library has another name.
 LIBRARIES = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'yaml': 'pyyaml'}
 
-# Exit codes that all subcommands share.
-WRONG_USAGE, BUG, INTERRUPTED = 2, 70, 130
+# Exit codes that subcommands share.
+FINE, WRONG_USAGE, UNREADABLE, BUG, INTERRUPTED = 0, 2, 3, 70, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

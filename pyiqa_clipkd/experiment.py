@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ def recorded_command(words: Iterable[object], root: Path) -> str:
         root: checkout; paths below it are shown relative to it.
     """
     return ' '.join(['python', *map(str, words)]).replace(f'{root}{os.sep}', '')
+
+
+def recorded_commit(root: Path) -> str:
+    """Of a checkout; marked if it has changes that aren't committed."""
+    git = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=12']
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def newest_checkpoint(states: Path, models: Path) -> int | None:

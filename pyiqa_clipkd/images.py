@@ -169,6 +169,17 @@ def _decoded(image: Image.Image, max_pixels: int) -> Photograph:
     return from_image(image)
 
 
+def upright(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
+    """The photograph that is meant, in RGB.
+
+    Raises:
+        UnreadableError: if there are no pixels to score.
+    """
+    if isinstance(source, Image.Image):
+        return from_image(source).image
+    return read_photograph(source).image
+
+
 def from_image(image: Image.Image) -> Photograph:
     """What Pillow has opened, upright and in RGB.
 

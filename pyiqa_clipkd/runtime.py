@@ -19,7 +19,7 @@ from pyiqa_clipkd.description import (
     Description,
 )
 from pyiqa_clipkd.files import SHORT_HASH, file_hash
-from pyiqa_clipkd.images import from_image, read_photograph, squares
+from pyiqa_clipkd.images import squares, upright
 from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX, weights_folder
 from pyiqa_clipkd.scale import level_of, to_100
@@ -147,10 +147,7 @@ class Runtime:
             raise ValueError(f'`crops` must be a whole number >= 0, but got {crops!r}.')
         if isinstance(source, np.ndarray):
             source = _image(source)
-        if isinstance(source, Image.Image):
-            image = from_image(source).image
-        else:
-            image = read_photograph(source).image
+        image = upright(source)
         if self.description.input == PHOTOGRAPHS:
             if crops:
                 raise ValueError(

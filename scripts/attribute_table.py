@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -33,7 +32,7 @@ from pyiqa_clipkd.attributes.command import LABELLERS
 from pyiqa_clipkd.attributes.labels import Labeller
 from pyiqa_clipkd.attributes.measures import at_scale, measure
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
-from pyiqa_clipkd.experiment import recorded_command
+from pyiqa_clipkd.experiment import recorded_command, recorded_commit
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.images import read_photograph
 from pyiqa_clipkd.scoring.files import find_photographs
@@ -115,12 +114,6 @@ def photographs(args: argparse.Namespace) -> list[Path]:
     return [paths[number] for number in order]
 
 
-def commit() -> str:
-    """Of the checkout; marked if it has changes that aren't committed."""
-    git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12']
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -152,7 +145,7 @@ def main() -> None:
         parser.error(f'`--images`: no photographs with colour in {args.images}.')
     results = {
         'command': recorded_command(sys.argv, ROOT),
-        'commit': commit(),
+        'commit': recorded_commit(ROOT),
         'seed': args.seed,
         'python': platform.python_version(),
         'versions': {package: version(package) for package in PACKAGES},

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyiqa_clipkd.experiment import recorded_command
+from pyiqa_clipkd.experiment import recorded_command, recorded_commit
 from pyiqa_clipkd.export import CALIBRATION, PRECISIONS, export
 from pyiqa_clipkd.export.check import Differences, check_photographs, eager_score
 from pyiqa_clipkd.files import file_hash, written_whole
@@ -112,12 +111,6 @@ def latencies(
     return milliseconds({EAGER: eager, **contenders}, rounds)
 
 
-def commit() -> str:
-    """Of the checkout; marked if it has changes that aren't committed."""
-    git = ['git', '-C', str(ROOT), 'describe', '--always', '--dirty', '--abbrev=12']
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-
-
 def table(students: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
@@ -164,7 +157,7 @@ def main() -> None:
         print(table({name: students[name]}), flush=True)
     result = {
         'command': recorded_command(sys.argv, ROOT),
-        'commit': commit(),
+        'commit': recorded_commit(ROOT),
         'photographs': min(args.count, len(files)),
         'threads': args.threads,
         'machine': f'{platform.machine()}, {os.cpu_count()} cores',

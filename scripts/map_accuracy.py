@@ -29,11 +29,10 @@ from scipy.ndimage import laplace
 from tqdm import tqdm
 
 from pyiqa_clipkd.degradations import ALL_DISTORTIONS, degrade
-from pyiqa_clipkd.experiment import recorded_command
+from pyiqa_clipkd.experiment import recorded_command, recorded_commit
 from pyiqa_clipkd.images import read_photograph
 from pyiqa_clipkd.maps import MAP_METRIC, QualityMap, quality_map
 from pyiqa_clipkd.maps.windows import Box
-from pyiqa_clipkd.pipeline import checkout_commit
 from pyiqa_clipkd.scoring.backends import Backend, create_backend
 from pyiqa_clipkd.scoring.files import find_photographs
 
@@ -184,7 +183,7 @@ def main() -> None:
         'versions': {
             name: version(name) for name in ('pyiqa-clipkd', 'onnxruntime', 'pillow')
         },
-        'commit': checkout_commit(),
+        'commit': recorded_commit(ROOT),
         'load': os.getloadavg(),
         'seconds': round(time.time() - start),
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import LEVELS
-from pyiqa_clipkd.scoring import core
+from pyiqa_clipkd.scoring import core, reading
 from pyiqa_clipkd.scoring.backends import Backend, create_backend
 from pyiqa_clipkd.scoring.core import score_paths
 from pyiqa_clipkd.scoring.tables import columns
@@ -202,14 +202,14 @@ def test_what_fails_for_one_photograph_is_in_its_row_alone(
 def test_a_decoder_that_breaks_is_an_error_of_the_row(
     paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = core.read_photograph
+    read = reading.read_photograph
 
     def broken(path: Path, **options: Any) -> Any:
         if path == paths[0]:
             raise MemoryError
         return read(path, **options)
 
-    monkeypatch.setattr(core, 'read_photograph', broken)
+    monkeypatch.setattr(reading, 'read_photograph', broken)
     rows = rows_of(paths, Brightness())
     assert rows[0]['error'] == 'MemoryError'
     assert rows[1]['score']
@@ -251,7 +251,7 @@ def test_paths_are_read_as_they_are_needed_and_a_stop_is_clean(folder: Path) -> 
 def test_large_photographs_wait_for_each_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, at_once, most = core.read_photograph, 0, 0
+    read, at_once, most = reading.read_photograph, 0, 0
     lock = threading.Lock()
 
     def slow(path: Path, **options: Any) -> Any:
@@ -265,7 +265,7 @@ def test_large_photographs_wait_for_each_other(
             at_once -= 1
         return photograph
 
-    monkeypatch.setattr(core, 'read_photograph', slow)
+    monkeypatch.setattr(reading, 'read_photograph', slow)
     path = folder / '3.jpg'
     with Image.open(path) as image:
         needed = image.width * image.height * 4
@@ -284,7 +284,7 @@ def test_what_must_become_rgb_first_counts_thrice(tmp_path: Path) -> None:
     pixels = image.width * image.height
     for options, expected in (({}, 4), ({'transparency': (1, 2, 3)}, 12)):
         path.write_bytes(encoded(image, 'PNG', **options))
-        assert core._decoded_bytes(path) == expected * pixels
+        assert reading.decoded_bytes(path) == expected * pixels
 
 
 def test_seconds_are_without_the_wait_for_memory(
@@ -294,7 +294,7 @@ def test_seconds_are_without_the_wait_for_memory(
         time.sleep(0.05)
         raise core.UnreadableError('slow')
 
-    monkeypatch.setattr(core, 'read_photograph', slow)
+    monkeypatch.setattr(reading, 'read_photograph', slow)
     monkeypatch.setattr(core, 'MEMORY', 1)
     rows = rows_of([folder / '3.jpg'] * 8, Brightness(), workers=8)
     assert max(row['seconds'] for row in rows) < 0.2

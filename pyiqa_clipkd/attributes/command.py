@@ -29,7 +29,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyiqa_clipkd.command import FINE, INTERRUPTED, UNREADABLE
 from pyiqa_clipkd.scoring.files import (
+    AHEAD,
     STDIN,
     find_photographs,
     listed_ahead,
@@ -40,12 +42,6 @@ from pyiqa_clipkd.scoring.results import check_ending
 
 if TYPE_CHECKING:
     from pyiqa_clipkd.attributes.labels import Counts, Labeller
-
-# Paths of a list that are read ahead.
-AHEAD = 1000
-
-# Exit codes.
-FINE, UNREADABLE, INTERRUPTED = 0, 3, 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

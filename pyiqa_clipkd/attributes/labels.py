@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
-from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError, read_photograph
+from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError
 from pyiqa_clipkd.scoring.core import default_workers
 from pyiqa_clipkd.scoring.locks import locked
 from pyiqa_clipkd.scoring.reading import (
@@ -20,8 +20,8 @@ from pyiqa_clipkd.scoring.reading import (
     Allowance,
     decoded_bytes,
     in_order,
+    read_image,
     reason_of,
-    refuse,
 )
 from pyiqa_clipkd.scoring.results import RowFile
 from pyiqa_clipkd.scoring.tables import LABEL_COLUMNS, RAW, Row
@@ -167,13 +167,9 @@ class _Engine:
         row |= {'format': '', 'notes': '', 'error': ''}
         try:
             with self.memory.take(decoded_bytes(path)):
-                refuse(path)
-                photograph = read_photograph(path, max_pixels=self.max_pixels)
-                row['width'], row['height'] = photograph.width, photograph.height
-                row['format'] = photograph.format
-                row['notes'] = '; '.join(photograph.notes)
-                row |= _checked(self.labeller(photograph.image))
-                del photograph
+                image = read_image(path, row, self.max_pixels)
+                row |= _checked(self.labeller(image))
+                del image
         except Exception as error:
             row['error'] = reason_of(error)
         return row

@@ -8,7 +8,6 @@ are in `reference.json`, made by scripts/attribute_reference.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 
 from pyiqa_clipkd.attributes.measures import VERSION, measure
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
-from pyiqa_clipkd.files import SHORT_HASH
+from pyiqa_clipkd.files import SHORT_HASH, file_hash
 from pyiqa_clipkd.scoring.tables import RAW
 
 REFERENCE = Path(__file__).with_name('reference.json')
@@ -88,10 +87,9 @@ class MeasureLabeller:
     """
 
     def __init__(self, reference: Path = REFERENCE) -> None:
-        content = reference.read_bytes()
-        stored: dict[str, Any] = json.loads(content)
+        stored: dict[str, Any] = json.loads(reference.read_bytes())
         self.ranks = Ranks(stored['quantiles'])
-        digest = hashlib.sha256(content).hexdigest()[:SHORT_HASH]
+        digest = file_hash(reference)[:SHORT_HASH]
         self.identity = f'measures {VERSION} reference {digest}'
 
     def __call__(self, image: Image.Image) -> dict[str, float]:

@@ -12,13 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from pyiqa_clipkd.images import BYTE
-from pyiqa_clipkd.maps.windows import (
-    QualityMap,
-    finite,
-    starts,
-    whole_score,
-)
+from pyiqa_clipkd.maps.windows import QualityMap, starts, whole_score
 from pyiqa_clipkd.scoring.backends import Backend, TorchBackend
+from pyiqa_clipkd.scoring.core import finite
 from pyiqa_clipkd.scoring.reading import in_order
 
 # Large photographs are seen in tiles, for the memory that the first layers take, with

@@ -25,17 +25,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyiqa_clipkd.command import FINE, UNREADABLE
 from pyiqa_clipkd.description import ONNX
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.maps import MAP_METRIC
 from pyiqa_clipkd.scale import level_of
-from pyiqa_clipkd.scoring.pillow import prepare_pillow
+from pyiqa_clipkd.scoring.pillow import check_megapixels, most_pixels, prepare_pillow
 
 if TYPE_CHECKING:
     from pyiqa_clipkd.maps.windows import QualityMap
     from pyiqa_clipkd.scoring.backends import Backend
-
-FINE, UNREADABLE = 0, 3
 
 # Endings of pictures, with Pillow's names of their formats, and of arrays.
 PICTURES = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.webp': 'WEBP'}
@@ -101,18 +100,13 @@ def run(arguments: argparse.Namespace) -> int:
         ImportError: if what runs the network isn't installed.
     """
     prepare_pillow()
-    from PIL import Image
-
-    from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError
+    from pyiqa_clipkd.images import UnreadableError
     from pyiqa_clipkd.maps.windows import StrideError
     from pyiqa_clipkd.scoring.backends import create_backend
     from pyiqa_clipkd.scoring.files import find_photographs
 
     check(arguments)
-    arguments.max_pixels = MAX_PIXELS
-    if arguments.max_megapixels is not None:
-        arguments.max_pixels = int(1e6 * arguments.max_megapixels)
-        Image.MAX_IMAGE_PIXELS = max(arguments.max_pixels, MAX_PIXELS)
+    arguments.max_pixels = most_pixels(arguments.max_megapixels)
     # The folder may have maps of an earlier run; what is named counts whatever it is.
     named = {os.path.abspath(path) for path in arguments.paths}
     paths = [
@@ -164,9 +158,7 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f'`--{name}` must be a whole number >= {least}, but got {value}.'
             )
-    megapixels = arguments.max_megapixels
-    if megapixels is not None and not 1e-6 <= megapixels < 1e6:
-        raise ValueError(f'`--max-megapixels` must be above 0, but got {megapixels:g}.')
+    check_megapixels(arguments.max_megapixels)
     if arguments.array and arguments.array.suffix.lower() not in ARRAYS:
         raise ValueError(
             f'`--array` must end in {" or ".join(ARRAYS)}, but got {arguments.array}.'
@@ -261,8 +253,7 @@ def _map(
         window=arguments.window,
         stride=arguments.stride,
         coarse=arguments.coarse,
-        workers=arguments.workers
-        or max(1, default_workers() // (arguments.threads or 1)),
+        workers=arguments.workers or default_workers(arguments.threads),
     )
     words = _words(quality, backend)
     picture = overlay(image, quality, size=arguments.size, caption=words)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
-from pyiqa_clipkd.maps.windows import QualityMap, Source, upright
+from pyiqa_clipkd.images import upright
+from pyiqa_clipkd.maps.windows import QualityMap, Source
 from pyiqa_clipkd.names import HIGHEST, LOWEST
 
 # Bad to good: vermilion and blue of Okabe and Ito's colours, which people tell apart

@@ -11,16 +11,10 @@ import numpy as np
 from PIL import Image
 
 from pyiqa_clipkd.description import ONNX
-from pyiqa_clipkd.images import (
-    BYTE,
-    UnreadableError,
-    from_image,
-    read_photograph,
-    squares,
-)
+from pyiqa_clipkd.images import BYTE, squares, upright
 from pyiqa_clipkd.maps import MAP_METRIC
 from pyiqa_clipkd.scoring.backends import Backend, create_backend
-from pyiqa_clipkd.scoring.core import default_workers
+from pyiqa_clipkd.scoring.core import default_workers, finite
 from pyiqa_clipkd.scoring.reading import in_order
 
 Source = str | Path | BinaryIO | Image.Image
@@ -201,31 +195,9 @@ def _windows_map(
     )
 
 
-def upright(source: Source) -> Image.Image:
-    """The photograph that is meant, in RGB.
-
-    Raises:
-        UnreadableError: if there are no pixels to score.
-    """
-    if isinstance(source, Image.Image):
-        return from_image(source).image
-    return read_photograph(source).image
-
-
 def whole_score(image: Image.Image, backend: Backend) -> float:
     """The score of a photograph as `pyiqa-clipkd score` gives it."""
     return float(finite(backend(squares(image, backend.input_size))[0]).mean())
-
-
-def finite(scores: np.ndarray) -> np.ndarray:
-    """The scores, if they are numbers.
-
-    Raises:
-        UnreadableError: if they aren't.
-    """
-    if not np.isfinite(scores).all():
-        raise UnreadableError('the network gives no number for it')
-    return scores
 
 
 def starts(length: int, window: int, stride: int) -> np.ndarray:

@@ -25,9 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyiqa_clipkd.command import FINE, INTERRUPTED, UNREADABLE
 from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.scoring.files import STDIN
-from pyiqa_clipkd.scoring.pillow import prepare_pillow
+from pyiqa_clipkd.scoring.pillow import check_megapixels, most_pixels, prepare_pillow
 from pyiqa_clipkd.scoring.results import check_ending
 from pyiqa_clipkd.scoring.selection import FOLDER, grouping
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from pyiqa_clipkd.scoring.backends import Backend
     from pyiqa_clipkd.scoring.session import Tally
 
-# Exit codes.
-FINE, BELOW, UNREADABLE, INTERRUPTED = 0, 1, 3, 130
+# The exit code of --min-score.
+BELOW = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,17 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
     """`pyiqa-clipkd score`; returns the exit code."""
     check(arguments)
     prepare_pillow()
-    from PIL import Image
-
-    from pyiqa_clipkd.images import MAX_PIXELS
     from pyiqa_clipkd.scoring.backends import create_backend
     from pyiqa_clipkd.scoring.session import Session
 
-    if arguments.max_megapixels is not None:
-        arguments.max_pixels = int(1e6 * arguments.max_megapixels)
-        Image.MAX_IMAGE_PIXELS = max(arguments.max_pixels, MAX_PIXELS)
-    else:
-        arguments.max_pixels = MAX_PIXELS
+    arguments.max_pixels = most_pixels(arguments.max_megapixels)
     backend: Backend = create_backend(
         arguments.metric,
         kind=arguments.backend,
@@ -179,9 +173,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f'{STDIN} needs standard input.')
     if arguments.best_of is not None:
         grouping(arguments.best_of)
-    megapixels = arguments.max_megapixels
-    if megapixels is not None and not 1e-6 <= megapixels < 1e6:
-        raise ValueError(f'`--max-megapixels` must be above 0, but got {megapixels:g}.')
+    check_megapixels(arguments.max_megapixels)
     low = arguments.min_score
     if low is not None and not 1 <= low <= 5:
         raise ValueError(f'`--min-score` must be in [1, 5], but got {low:g}.')

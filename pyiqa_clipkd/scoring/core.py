@@ -11,11 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyiqa_clipkd.files import SHORT_HASH
-from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError, read_photograph, squares
+from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError, squares
 from pyiqa_clipkd.scale import level_of, to_100
 from pyiqa_clipkd.scoring.backends import Backend
-from pyiqa_clipkd.scoring.reading import MEMORY, Allowance, in_order, reason_of, refuse
-from pyiqa_clipkd.scoring.reading import decoded_bytes as _decoded_bytes
+from pyiqa_clipkd.scoring.reading import (
+    MEMORY,
+    Allowance,
+    decoded_bytes,
+    in_order,
+    read_image,
+    reason_of,
+)
 from pyiqa_clipkd.scoring.tables import PROBABILITY, Row, columns
 
 # Digits after the point of what is written; scores are good for five.
@@ -74,11 +80,13 @@ def score_paths(
     return engine.score_batches(prepared, batch_size)
 
 
-def default_workers() -> int:
-    """The processor cores that this process may use."""
+def default_workers(threads: int | None = None) -> int:
+    """One for each processor core that this process may use, or each `threads`."""
     if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // (threads or 1))
 
 
 def identity_of(backend: Backend, crops: int) -> Row:
@@ -124,16 +132,13 @@ class _Engine:
         row |= {'notes': '', 'error': ''}
         pixels = None
         try:
-            with self.memory.take(_decoded_bytes(path)):
+            with self.memory.take(decoded_bytes(path)):
                 start = time.perf_counter()  # without the wait for other photographs
-                refuse(path)
-                photograph = read_photograph(path, max_pixels=self.max_pixels)
-                row['width'], row['height'] = photograph.width, photograph.height
-                row['format'] = photograph.format
-                row['notes'] = '; '.join(photograph.notes)
-                size = self.backend.input_size
-                pixels = squares(photograph.image, size, crops=self.crops)
-                del photograph
+                pixels = squares(
+                    read_image(path, row, self.max_pixels),
+                    self.backend.input_size,
+                    crops=self.crops,
+                )
         except Exception as error:
             row['error'] = reason_of(error)
         return _Prepared(row, pixels, time.perf_counter() - start)
@@ -170,8 +175,7 @@ class _Engine:
         scores, probabilities = self.backend(
             views[0] if len(views) == 1 else np.concatenate(views)
         )
-        if not np.isfinite(scores).all():
-            raise UnreadableError('the network gives no number for it')
+        finite(scores)
         begin = 0
         for one, view in zip(good, views, strict=True):
             own = slice(begin, begin := begin + len(view))
@@ -181,6 +185,17 @@ class _Engine:
                 means = probabilities[own].mean(axis=0, dtype=np.float64).tolist()
                 for level, mean in zip(self.backend.levels, means, strict=True):
                     one.row[PROBABILITY + level] = round(mean, DIGITS)
+
+
+def finite(scores: np.ndarray) -> np.ndarray:
+    """The scores, if they are numbers.
+
+    Raises:
+        UnreadableError: if they aren't.
+    """
+    if not np.isfinite(scores).all():
+        raise UnreadableError('the network gives no number for it')
+    return scores
 
 
 def _batches(

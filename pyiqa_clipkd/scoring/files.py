@@ -28,6 +28,9 @@ FOREIGN = RAW | {'.heic', '.heif'}
 # Bytes that are read from a list at once.
 CHUNK = 1 << 16
 
+# Paths of a list that are read ahead of those that are worked on.
+AHEAD = 1000
+
 # Seconds to wait for the next path of a list before others are told.
 PATIENCE = 0.1
 

@@ -11,6 +11,29 @@ import warnings
 PILLOW_MEMORY = {'PILLOW_BLOCKS_MAX': '4', 'PILLOW_BLOCK_SIZE': '64m'}
 
 
+def check_megapixels(megapixels: float | None) -> None:
+    """Of `--max-megapixels`.
+
+    Raises:
+        ValueError: if it can't be meant.
+    """
+    if megapixels is not None and not 1e-6 <= megapixels < 1e6:
+        raise ValueError(f'`--max-megapixels` must be above 0, but got {megapixels:g}.')
+
+
+def most_pixels(megapixels: float | None) -> int:
+    """The largest photographs that are read in this process; `None`: by default."""
+    from PIL import Image
+
+    from pyiqa_clipkd.images import MAX_PIXELS
+
+    if megapixels is None:
+        return MAX_PIXELS
+    pixels = int(1e6 * megapixels)
+    Image.MAX_IMAGE_PIXELS = max(pixels, MAX_PIXELS)
+    return pixels
+
+
 def prepare_pillow() -> None:
     """For this process; before Pillow is imported, which reads its memory's size."""
     for name, value in PILLOW_MEMORY.items():

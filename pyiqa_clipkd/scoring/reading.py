@@ -13,8 +13,14 @@ from typing import TypeVar
 
 from PIL import Image
 
-from pyiqa_clipkd.images import ORIENTATION, UPRIGHT, UnreadableError
+from pyiqa_clipkd.images import (
+    ORIENTATION,
+    UPRIGHT,
+    UnreadableError,
+    read_photograph,
+)
 from pyiqa_clipkd.scoring.files import is_raw
+from pyiqa_clipkd.scoring.tables import Row
 
 # Bytes of decoded photographs that all workers together hold at a time: two upright
 # JPEGs of 48 megapixels. A single larger one is decoded alone.
@@ -43,6 +49,20 @@ def in_order(
             yield waiting.popleft().result()
     finally:  # also when nobody wants more: what has not begun never does
         executor.shutdown(cancel_futures=True)
+
+
+def read_image(path: Path, row: Row, max_pixels: int) -> Image.Image:
+    """The photograph in RGB; what it is goes into its row.
+
+    Raises:
+        UnreadableError: if there is nothing to score.
+    """
+    refuse(path)
+    photograph = read_photograph(path, max_pixels=max_pixels)
+    row['width'], row['height'] = photograph.width, photograph.height
+    row['format'] = photograph.format
+    row['notes'] = '; '.join(photograph.notes)
+    return photograph.image
 
 
 def refuse(path: Path) -> None:

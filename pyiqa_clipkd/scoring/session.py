@@ -16,6 +16,7 @@ from pyiqa_clipkd.scale import level_of
 from pyiqa_clipkd.scoring.backends import Backend
 from pyiqa_clipkd.scoring.core import default_workers, identity_of, score_paths
 from pyiqa_clipkd.scoring.files import (
+    AHEAD,
     STDIN,
     find_photographs,
     listed_ahead,
@@ -34,9 +35,6 @@ from pyiqa_clipkd.scoring.tables import TEXT_FORMATS, Row, columns
 
 # Bad files that the summary names, where a results file has them all.
 NAMED = 5
-
-# Paths of a list that are read ahead.
-AHEAD = 1000
 
 
 class Tally:
@@ -121,13 +119,12 @@ class Session:
             paths = listed_ahead(found, self._add_to_total)
         elif stdin is not None:  # whoever writes the list may wait for our answers
             paths = listed_ahead(found, most=AHEAD)
-        threads = self.arguments.threads or 1
         yield from score_paths(
             self._unknown(paths),
             self.backend,
             crops=self.arguments.crops,
             batch_size=self.arguments.batch_size,
-            workers=self.arguments.workers or max(1, default_workers() // threads),
+            workers=self.arguments.workers or default_workers(self.arguments.threads),
             max_pixels=self.arguments.max_pixels,
         )
 
