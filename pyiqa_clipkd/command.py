@@ -22,7 +22,7 @@ from pyiqa_clipkd import __version__
 SUBCOMMANDS = {
     'score': ('scoring.command', 'score photographs: files, folders, lists'),
     'report': ('report.command', 'one page with all results of a run, or of two'),
-    'compare': ('compare', 'do two folders or runs differ, and how surely?'),
+    'compare': ('compare.command', 'do two folders or runs differ, and how surely?'),
     'label': (
         'attributes.command',
         'pseudo-labels of five attributes for a folder, as Parquet',

@@ -19,7 +19,7 @@ EXTERNAL = 'external'
 SQUARES, PHOTOGRAPHS = 'squares', 'photographs'
 FORMS = (PHOTOGRAPHS, SQUARES)
 INPUT_NAMES = {SQUARES: 'squares', PHOTOGRAPHS: 'image'}
-OUTPUT_NAMES = ('score', 'probabilities')
+SCORE, PROBABILITIES, ATTRIBUTES = 'score', 'probabilities', 'attributes'
 
 
 class Description(NamedTuple):
@@ -35,6 +35,9 @@ class Description(NamedTuple):
         precision: `float32`, `float16`, `int8`, or `external`: the weights are not in
             the model but in the weight file, which must lie beside it.
         version: of our package when it was made.
+        attributes: names of the values of the output `attributes`, if there is one.
+        heads_sha256: of the file of attribute heads that an `external` model reads, 64
+            digits, or empty.
     """
 
     metric: str
@@ -45,6 +48,8 @@ class Description(NamedTuple):
     sha256: str
     precision: str
     version: str
+    attributes: tuple[str, ...] = ()
+    heads_sha256: str = ''
 
     def encode(self) -> str:
         """As JSON text."""
@@ -60,6 +65,7 @@ class Description(NamedTuple):
         try:
             values = json.loads(text)
             values['levels'] = tuple(values['levels'])
+            values['attributes'] = tuple(values.get('attributes', ()))
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f'no description of a model: {error}') from error

@@ -72,6 +72,12 @@ class Encoder(nn.Module):
     def forward(self, img: Tensor) -> Tensor:
         return self.projection(self.backbone(img))
 
+    def forward_with_maps(self, img: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The same, and the map (N, C, H, W) at the end of each stage of a network."""
+        backbone: Any = self.backbone
+        features, maps = backbone.forward_intermediates(img)
+        return self.projection(backbone.forward_head(features)), maps
+
 
 def build_timm_encoder(
     encoder: str,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pyiqa_clipkd.attributes.readout import find_readout
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.locations import BUNDLED_FOLDER, find_weights
 from pyiqa_clipkd.names import RELEASED, SUFFIX, weights_folder
@@ -34,13 +35,15 @@ def CLIPKDMetric(  # noqa: N802 - the host builds it by this name, like a class
 
     Returns:
         The network in evaluation mode, its weights frozen: (N, 3 or 1, H, W) in [0, 1]
-        -> (N, 1) in [1, 5].
+        -> (N, 1) in [1, 5]. Attribute heads that lie beside the weights come along.
 
     Raises:
         FileNotFoundError: if there are no weights, with what to do.
         ValueError: if the file is refused, damaged or not a network of ours.
     """
     network = _network(name, pretrained_model_path, changes).eval()
+    if path := find_weights(name, pretrained_model_path):
+        network.readout = find_readout(path)
     # A gradient to the image takes a quarter of the time so, and a score takes less.
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pyiqa_clipkd.description import KEY, ONNX
 from pyiqa_clipkd.files import SHORT_HASH, file_hash
-from pyiqa_clipkd.locations import BUNDLED_FOLDER, find_weights
+from pyiqa_clipkd.locations import BUNDLED_FOLDER, attributes_file, find_weights
 from pyiqa_clipkd.names import METRICS, RELEASED, user_names, weights_folder
 
 TORCH_MAGIC = (b'PK', b'\x80')
@@ -33,6 +33,7 @@ class Model(NamedTuple):
         sha256: the first digits, as in a row of results.
         card: a Markdown file: data, terms, results, limits.
         onnx: the same network for the runtime without torch.
+        attributes: heads beside the weights that say why, if there are any.
         damage: what is wrong with the file, or `None`.
     """
 
@@ -45,6 +46,7 @@ class Model(NamedTuple):
     sha256: str | None = None
     card: Path | None = None
     onnx: Path | None = None
+    attributes: Path | None = None
     damage: str | None = None
 
 
@@ -65,6 +67,7 @@ def describe(name: str) -> Model:
         file=path,
         card=_existing(path.with_suffix('.md')),
         onnx=_existing(path.with_suffix(ONNX)),
+        attributes=_existing(attributes_file(path)),
     )
     try:
         metadata = read_metadata(path)
@@ -183,7 +186,7 @@ def _plain(model: Model) -> dict[str, Any]:
 
 
 def _print_table(rows: Sequence[Model]) -> None:
-    cells = [('name', 'weights', 'MB', 'input', 'sha256', 'onnx', 'what')]
+    cells = [('name', 'weights', 'MB', 'input', 'sha256', 'onnx', 'attributes', 'what')]
     for model in rows:
         size = '' if model.megabytes is None else f'{model.megabytes:.1f}'
         cells.append(
@@ -194,6 +197,7 @@ def _print_table(rows: Sequence[Model]) -> None:
                 str(model.input_size or ''),
                 model.sha256 or '',
                 'yes' if model.onnx else '',
+                'yes' if model.attributes else '',
                 model.what,
             )
         )

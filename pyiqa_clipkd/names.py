@@ -10,6 +10,9 @@ WEIGHTS_VARIABLE = 'PYIQA_CLIPKD_WEIGHTS'
 PREFIX = 'clipkd_'
 SUFFIX = '.safetensors'
 
+# Of the attribute heads beside a weight file, which are no metric of their own.
+ATTRIBUTES_SUFFIX = '.attributes'
+
 # The scale of all scores, and what people call its levels.
 LOWEST, HIGHEST = 1.0, 5.0
 LEVELS = ('bad', 'poor', 'fair', 'good', 'perfect')
@@ -59,7 +62,9 @@ def user_names() -> list[str]:
     return sorted(
         file[: -len(SUFFIX)]
         for file in files
-        if file.startswith(PREFIX) and file.endswith(SUFFIX)
+        if file.startswith(PREFIX)
+        and file.endswith(SUFFIX)
+        and not file.endswith(ATTRIBUTES_SUFFIX + SUFFIX)
     )
 
 

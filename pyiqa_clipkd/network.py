@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyiqa_clipkd.attributes.readout import AttributeReadout, AttributeValues
 from pyiqa_clipkd.encoders import (
     OPEN_CLIP,
     Encoder,
@@ -21,7 +22,7 @@ from pyiqa_clipkd.encoders import (
     resolve_encoder,
 )
 from pyiqa_clipkd.head import LikertHead, QualityOutput, RegressionHead, arc_anchors
-from pyiqa_clipkd.names import LEVELS
+from pyiqa_clipkd.names import ATTRIBUTES_SUFFIX, DEFAULT_METRIC, LEVELS, SUFFIX
 from pyiqa_clipkd.preprocessing import CLIPPreprocessing, check_images, native_crops
 from pyiqa_clipkd.weights import Weights, encode_config, read_weights
 
@@ -64,29 +65,56 @@ class QualityNetwork(nn.Module):
         self.encoder = encoder
         self.head = head
         self.config = config
+        # Set where the weights have such heads beside them.
+        self.readout: AttributeReadout | None = None
 
     def embed(self, img: Tensor) -> Tensor:
         """(N, 3 or 1, H, W) in [0, 1] -> embedding (N, D), not normalized."""
         return self.encoder(self.preprocessing(img))
 
     def forward(
-        self, img: Tensor, return_details: bool = False
-    ) -> Tensor | QualityOutput:
+        self,
+        img: Tensor,
+        return_details: bool = False,
+        return_attributes: bool = False,
+    ) -> Tensor | QualityOutput | tuple[Tensor | QualityOutput, AttributeValues]:
         """Score images.
 
         Args:
             img: (N, 3, H, W) or gray (N, 1, H, W), values in [0, 1], any size.
             return_details: also return the embedding and the level probabilities.
+            return_attributes: also return five attributes: why.
 
         Returns:
             score (N, 1) in [1, 5], higher is better; with `return_details` a
             `QualityOutput` of score, embedding (N, D; with `crops` that of the whole
-            photograph) and probabilities (N, L).
+            photograph) and probabilities (N, L). With `return_attributes` a pair of
+            that and `AttributeValues`: (N, 5) in [0, 1], of the whole photograph.
+
+        Raises:
+            ValueError: if attributes are wanted, but the weights have no heads for them
+                beside them.
         """
-        output = self.head(self.embed(img))
+        if return_attributes:
+            embedding, attributes = self._embedding_and_attributes(img)
+        else:
+            embedding = self.embed(img)
+        output = self.head(embedding)
         if self.crops:
             output = self._with_crops(img, output)
-        return output if return_details else output.score
+        result = output if return_details else output.score
+        return (result, attributes) if return_attributes else result
+
+    def _embedding_and_attributes(self, img: Tensor) -> tuple[Tensor, AttributeValues]:
+        if self.readout is None:
+            raise ValueError(
+                '`return_attributes`: these weights have no attribute heads. '
+                f'{DEFAULT_METRIC} has; scripts/attribute_heads.py makes them for '
+                'weights of your own.'
+            )
+        encoder: Any = self.encoder
+        embedding, maps = encoder.forward_with_maps(self.preprocessing(img))
+        return embedding, AttributeValues(self.readout(maps))
 
     def _with_crops(self, img: Tensor, whole: QualityOutput) -> QualityOutput:
         """Mean score and probabilities of the whole and its crops."""
@@ -353,6 +381,10 @@ def load_network(path: str | Path | Weights, **changes: Any) -> QualityNetwork:
     """
     weights = path if isinstance(path, Weights) else read_weights(path)
     config = weights.metadata.get('config')
+    if weights.source.endswith(ATTRIBUTES_SUFFIX + SUFFIX):
+        raise ValueError(
+            f'{weights.source} holds attribute heads: give the weight file beside it.'
+        )
     if config is None:
         raise ValueError(
             f'{weights.source} does not say which network it belongs to: it must be a '

@@ -9,23 +9,34 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from pyiqa_clipkd.attributes.names import faults, named_attributes
+from pyiqa_clipkd.description import ATTRIBUTES as ATTRIBUTE_VALUES
 from pyiqa_clipkd.description import (
     EXTERNAL,
     INPUT_NAMES,
     KEY,
     ONNX,
     PHOTOGRAPHS,
+    PROBABILITIES,
+    SCORE,
     SQUARES,
     Description,
 )
 from pyiqa_clipkd.files import SHORT_HASH, file_hash
 from pyiqa_clipkd.images import squares, upright
-from pyiqa_clipkd.locations import BUNDLED_FOLDER
+from pyiqa_clipkd.locations import (
+    BUNDLED_FOLDER,
+    attributes_file,
+    bundled_metrics,
+)
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX, weights_folder
 from pyiqa_clipkd.scale import level_of, to_100
 
 # Endings of files that onnxruntime can't open, so what has one is no metric's name.
 NO_NAMES = ('.pt2', '.pt', '.pth', SUFFIX)
+
+# Score (N,), probabilities (N, L) of metrics with levels, attributes (N, 5) on request.
+Outputs = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 class Score(NamedTuple):
@@ -36,12 +47,17 @@ class Score(NamedTuple):
         score_100: the same in [0, 100].
         level: the word nearest to the score.
         probabilities: of each level, worst first; empty of a model without them.
+        attributes: five values in [0, 1], 1 the good side (`noisiness` 1: free of it);
+            empty where they weren't asked for.
+        faults: what is wrong, in words: `['too dark', 'noisy']`.
     """
 
     score: float
     score_100: float
     level: str
     probabilities: dict[str, float]
+    attributes: dict[str, float]
+    faults: list[str]
 
 
 class Runtime:
@@ -52,6 +68,8 @@ class Runtime:
             A name is looked for in the user's weights folder, then in the package.
         threads: of onnxruntime for one call; by default one a core.
         providers: of onnxruntime, in order of preference; by default its CPU's.
+        attributes: also say why, of a metric that has heads for it; by default a file
+            that was exported with them does, and a name doesn't.
 
     Attributes:
         name: `onnx`.
@@ -60,6 +78,7 @@ class Runtime:
             own, or of a graph without weights the weight file beside it.
         levels: words for quality, worst first.
         input_size: side in pixels of the squares that the network sees.
+        attributes: whether it says why; heads_sha256: of the heads, if they have one.
         description: all that the model says of itself, also what it was made of.
 
     Raises:
@@ -76,20 +95,31 @@ class Runtime:
         *,
         threads: int | None = None,
         providers: Sequence[str] | None = None,
+        attributes: bool | None = None,
     ) -> None:
         if threads is not None and (type(threads) is not int or threads < 1):
             raise ValueError(
                 f'`threads` must be a whole number >= 1, but got {threads!r}.'
             )
-        self.path = find_model(model)
+        self.path = find_model(model, attributes=bool(attributes))
         self._session = _session(self.path, threads, providers)
+        self._outputs = [output.name for output in self._session.get_outputs()]
         self.description = _describe(self._session, self.path)
+        has_attributes = bool(self.description.attributes)
+        if attributes and not has_attributes:
+            raise ValueError(
+                f'{self.path} gives no attributes: export it with `--attributes`.'
+            )
+        self.attributes = has_attributes if attributes is None else attributes
         self.metric = self.description.metric
         if self.description.precision == EXTERNAL:
             self.weights = self.description.weights
             self.sha256 = self.description.sha256
         else:  # an export in eight bits scores otherwise than one in half precision
             self.weights, self.sha256 = self.path.name, file_hash(self.path)
+        # Of a model made of a network without a file, its own.
+        heads = self.description.heads_sha256 or self.sha256
+        self.heads_sha256 = heads if self.attributes else ''
         self.levels = self.description.levels
         self.input_size = self.description.input_size
 
@@ -107,6 +137,11 @@ class Runtime:
             ValueError: if the array has another type or shape, or the model takes
                 photographs.
         """
+        scores, probabilities, _ = self.explain(squares)
+        return scores, probabilities
+
+    def explain(self, squares: np.ndarray) -> Outputs:
+        """The same, and attributes (N, 5) in [0, 1]; `None` of a model without them."""
         if self.description.input != SQUARES:
             raise ValueError(
                 f'{self.path.name} takes whole photographs: use `score`, or export it '
@@ -121,10 +156,12 @@ class Runtime:
             )
         return self._run(squares)
 
-    def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _run(self, batch: np.ndarray) -> Outputs:
         name = INPUT_NAMES[self.description.input]
-        score, *probabilities = self._session.run(None, {name: batch})
-        return score, probabilities[0] if probabilities else None
+        values = self._session.run(None, {name: batch})
+        found = dict(zip(self._outputs, values, strict=True))
+        why = found.get(ATTRIBUTE_VALUES) if self.attributes else None
+        return found[SCORE], found.get(PROBABILITIES), why
 
     def score(
         self, source: str | Path | BinaryIO | Image.Image | np.ndarray, crops: int = 0
@@ -154,20 +191,26 @@ class Runtime:
                     f'{self.path.name} takes whole photographs only, so `crops` must '
                     f'be 0, but got {crops}: export it with `--input squares`.'
                 )
-            scores, probabilities = self._run(np.asarray(image)[None])
+            outputs = self._run(np.asarray(image)[None])
         else:
-            views = squares(image, self.input_size, crops=crops)
-            scores, probabilities = self._run(views)
-        return self._of_views(scores, probabilities)
+            outputs = self._run(squares(image, self.input_size, crops=crops))
+        return self._of_views(*outputs)
 
-    def _of_views(self, scores: np.ndarray, probabilities: np.ndarray | None) -> Score:
-        """The mean over a photograph's views."""
+    def _of_views(
+        self,
+        scores: np.ndarray,
+        probabilities: np.ndarray | None,
+        attributes: np.ndarray | None,
+    ) -> Score:
+        """The mean over a photograph's views; attributes of the first, the whole."""
         score = float(scores.mean(dtype=np.float64))
         named = {}
         if probabilities is not None:
             means = probabilities.mean(0, dtype=np.float64).tolist()
             named = dict(zip(self.levels, means, strict=True))
-        return Score(score, to_100(score), level_of(score, self.levels), named)
+        level = level_of(score, self.levels)
+        why = {} if attributes is None else named_attributes(attributes[0])
+        return Score(score, to_100(score), level, named, why, faults(why))
 
 
 def _image(pixels: np.ndarray) -> Image.Image:
@@ -179,8 +222,12 @@ def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def find_model(model: str | Path) -> Path:
+def find_model(model: str | Path, *, attributes: bool = False) -> Path:
     """The ONNX file of a metric's name, or the path that was given.
+
+    Args:
+        model: the name or path.
+        attributes: of a name: the file that also gives these.
 
     Raises:
         FileNotFoundError: if there is none, with what to do.
@@ -193,6 +240,9 @@ def find_model(model: str | Path) -> Path:
     own, bundled = (
         Path(f) / f'{model}{ONNX}' for f in (weights_folder(), BUNDLED_FOLDER)
     )
+    has_own_weights = own.with_suffix(SUFFIX).is_file()
+    if attributes:
+        own, bundled = attributes_file(own), attributes_file(bundled)
     if own.is_file():
         return own
     if Path(model).name != model or Path(model).suffix.lower() in NO_NAMES:
@@ -200,17 +250,27 @@ def find_model(model: str | Path) -> Path:
             f'`model` must be the name of a metric or an {ONNX} file, but got {model}.'
         )
     export = f'pyiqa-clipkd export -m {model} {own} --input squares'
-    if own.with_suffix(SUFFIX).is_file():
+    what = 'ONNX model'
+    if attributes:
+        weights = (own if has_own_weights else bundled).with_suffix(SUFFIX)
+        if not weights.is_file():
+            raise FileNotFoundError(
+                f'{model} has no attribute heads, {weights}: '
+                f'{", ".join(bundled_metrics(ONNX, attributes=True))} has. '
+                'scripts/attribute_heads.py makes them for weights of your own.'
+            )
+        export, what = f'{export} --attributes', f'{what} with attributes'
+    if has_own_weights:
         raise FileNotFoundError(
-            f'{model} has weights of your own, {own.with_suffix(SUFFIX)}, but no ONNX '
-            f'model of them. Where torch is installed, make one: {export}'
+            f'{model} has weights of your own in {own.parent}, but no {what} of them. '
+            f'Where torch is installed, make one: {export}'
         )
     if bundled.is_file():
         return bundled
-    known = ', '.join(sorted(p.stem for p in BUNDLED_FOLDER.glob(f'*{ONNX}')))
+    known = ', '.join(bundled_metrics(ONNX, attributes=attributes))
     raise FileNotFoundError(
-        f'There is no ONNX model of {model}: neither {own} nor one in the package, '
-        f'which has {known}. Where torch and its weights are, make one: {export}'
+        f'There is no {what} of {model}: neither {own} nor one in the package, which '
+        f'has {known}. Where torch and its weights are, make one: {export}'
     )
 
 
@@ -241,8 +301,8 @@ def _session(path: Path, threads: int | None, providers: Sequence[str] | None) -
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its errors have no common class
         raise ValueError(
-            f'{path} is damaged, is no ONNX model, or its weight file is missing '
-            f'beside it ({error}).'
+            f'{path} is damaged, is no ONNX model, or the weight file beside it is '
+            f'missing or another one ({error}).'
         ) from error
 
 
@@ -258,13 +318,22 @@ def _describe(session: Any, path: Path) -> Description:
         description = Description.decode(text)
     except ValueError as error:
         raise ValueError(f'{path} has {error}.') from error
-    weights = path.with_name(description.weights or path.name)
-    if weights != path and weights.is_file():
-        found = file_hash(weights)
-        if found != description.sha256:
-            raise ValueError(
-                f'{path.name} was made of other weights (SHA-256 '
-                f'{description.sha256[:SHORT_HASH]}) than {weights} '
-                f'({found[:SHORT_HASH]}): export it again.'
-            )
+    if description.weights:
+        weights = path.with_name(description.weights)
+        _check_made_of(path, weights, description.sha256)
+        if description.heads_sha256:
+            heads = attributes_file(weights)
+            _check_made_of(path, heads, description.heads_sha256)
     return description
+
+
+def _check_made_of(path: Path, source: Path, sha256: str) -> None:
+    """A file that lies beside its model must be the one that it was made of."""
+    if not source.is_file():
+        return
+    found = file_hash(source)
+    if found != sha256:
+        raise ValueError(
+            f'{path.name} was made of other weights (SHA-256 {sha256[:SHORT_HASH]}) '
+            f'than {source} ({found[:SHORT_HASH]}): export it again.'
+        )

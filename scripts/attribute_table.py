@@ -5,7 +5,8 @@ at each step. The table has a row for each attribute's values and a column for e
 change: Spearman's correlation with the steps, the mean of all photographs. So the
 diagonal should be near 1 and the rest near 0. `absolute` is the mean of the
 correlations' absolute values: of a value that moves up in one photograph and down in
-the next, however little, it is 1, where the mean is 0.
+the next, however little, it is 1, where the mean is 0. So `moves` says how much that
+is: from the lowest to the highest value along the steps, the mean of all photographs.
 
 Photographs are reduced to a shorter side of 512 pixels first. Those without colour, or
 with hardly any, can't change in it and are left out.
@@ -62,29 +63,31 @@ def create_labeller(name: str) -> Labeller:
 
 
 def agreements(image: Image.Image, labeller: Labeller, seed: int) -> np.ndarray:
-    """(5, 5) correlations in [-1, 1] of one photograph."""
-    table = np.empty((len(ATTRIBUTES), len(ATTRIBUTES)))
+    """(2, 5, 5) of one photograph: correlations in [-1, 1], and moves in [0, 1]."""
+    table = np.empty((2, len(ATTRIBUTES), len(ATTRIBUTES)))
     for column, changed in enumerate(ATTRIBUTES):
         series = [
             labeller(change(image, changed, level, seed)) for level in LEVELS[changed]
         ]
         for row, attribute in enumerate(ATTRIBUTES):
             values = [labels[attribute] for labels in series]
-            table[row, column] = order_agreement(values)
+            table[:, row, column] = order_agreement(values), np.ptp(values)
     return table
 
 
 def summary(tables: list[np.ndarray]) -> dict[str, Any]:
     """What a table says, for all photographs."""
-    every = np.array(tables)
+    every, moves = np.moveaxis(np.array(tables), 1, 0)
     mean, absolute = every.mean(axis=0), np.abs(every).mean(axis=0)
     others = ~np.eye(len(ATTRIBUTES), dtype=bool)
     return {
         'table': _named(mean),
         'absolute': _named(absolute),
+        'moves': _named(moves.mean(axis=0)),
         'own': dict(zip(ATTRIBUTES, np.diag(mean).tolist(), strict=True)),
         'others': _rows(np.abs(mean), others),
         'others_absolute': _rows(absolute, others),
+        'others_moves': _rows(moves.mean(axis=0), others),
     }
 
 
@@ -161,7 +164,7 @@ def main() -> None:
     with written_whole(args.output.with_suffix('.csv')) as partial:
         frame.to_csv(partial, index_label='values of', float_format='%.3f')
     print(frame.round(2).to_string())
-    for key in ('own', 'others', 'others_absolute'):
+    for key in ('own', 'others', 'others_absolute', 'others_moves'):
         words = (f'{name} {value:.2f}' for name, value in results[key].items())
         print(f'{key}: {", ".join(words)}')
 

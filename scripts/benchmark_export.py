@@ -29,12 +29,12 @@ from pyiqa_clipkd.export import CALIBRATION, PRECISIONS, export
 from pyiqa_clipkd.export.check import Differences, check_photographs, eager_score
 from pyiqa_clipkd.files import file_hash, written_whole
 from pyiqa_clipkd.images import read_photograph
-from pyiqa_clipkd.locations import BUNDLED_FOLDER
+from pyiqa_clipkd.locations import BUNDLED_FOLDER, bundled_metrics
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDENTS = sorted(path.stem for path in BUNDLED_FOLDER.glob('*.safetensors'))
+STUDENTS = bundled_metrics()
 PACKAGES = ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'numpy', 'Pillow', 'timm')
 BATCHES = {1: 9, 16: 3}  # size -> rounds
 EAGER, BUNDLED = 'eager', 'bundled'

@@ -32,10 +32,12 @@ import pandas as pd
 import torch
 import yaml
 
+from pyiqa_clipkd.attributes.names import ATTRIBUTES
+from pyiqa_clipkd.attributes.readout import find_readout
 from pyiqa_clipkd.experiment import recorded_command
 from pyiqa_clipkd.export import write_graph
 from pyiqa_clipkd.files import file_hash, written_whole
-from pyiqa_clipkd.locations import BUNDLED_FOLDER
+from pyiqa_clipkd.locations import BUNDLED_FOLDER, attributes_file
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import WEIGHTS_VARIABLE
 from pyiqa_clipkd.options import load_options, split_word, with_split
@@ -348,7 +350,8 @@ class Release:
                 self.seconds(self.of(name, self.first)) / 60
             )
             rows.append(row | {'milliseconds': round(times[name], 1)})
-            card = model_card(path, read_weights(path).metadata, measured(rows[-1]))
+            figures = measured(rows[-1]) | heads_row(path)
+            card = model_card(path, read_weights(path).metadata, figures)
             with written_whole(path.with_suffix('.md')) as unfinished:
                 unfinished.write_text(card, encoding='utf-8')
             write_graph(name, path.parent)
@@ -378,6 +381,17 @@ class Release:
         """Of a training and of all that it needs."""
         records = [self.experiment(t) / 'run.json' for t in self.before(training)]
         return sum(json.loads(record.read_text())['seconds'] for record in records)
+
+
+def heads_row(weights: Path) -> dict[str, str]:
+    """The row of a model card about attribute heads, if there are any."""
+    heads = attributes_file(weights).with_suffix('.md')
+    if find_readout(weights) is None:
+        return {}
+    return {
+        'Attributes': f'{", ".join(ATTRIBUTES)}: heads beside the weights, which '
+        f'scripts/attribute_heads.py made; see {heads.name}'
+    }
 
 
 def milliseconds(files: dict[str, Path]) -> dict[str, float]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyiqa_clipkd.attributes.names import ATTRIBUTES, faults
 from pyiqa_clipkd.names import LEVELS
+from pyiqa_clipkd.scoring.tables import FAULT_SEPARATOR, FAULTS, HEADS, columns
 
 Row = dict[str, Any]
 
@@ -45,6 +47,15 @@ def row(path: str, score: float | None, error: str = '', **changes: Any) -> Row:
         'error': error,
         **changes,
     }
+
+
+def explained(path: str, score: float, values: Sequence[float], **changes: Any) -> Row:
+    """A row with values of the five attributes, as `--attributes` writes it."""
+    attributes = dict(zip(ATTRIBUTES, values, strict=True))
+    words = FAULT_SEPARATOR.join(faults(attributes))
+    whole = {**row(path, score), **attributes, FAULTS: words, HEADS: 'f' * 16}
+    whole |= changes
+    return {name: whole[name] for name in columns(LEVELS, attributes=True)}
 
 
 def write_results(

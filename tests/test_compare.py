@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from result_files import row, write_results
+from result_files import explained, row, write_results
 
+from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.command import main
-from pyiqa_clipkd.difference import measure, of_groups, of_pairs, pair, scored_pairs
-from pyiqa_clipkd.runs import read_run
+from pyiqa_clipkd.compare.attributes import attribute_differences, sentence
+from pyiqa_clipkd.compare.difference import Samples, measure, of_groups, of_pairs
+from pyiqa_clipkd.compare.pairing import pair, scored_pairs
+from pyiqa_clipkd.compare.runs import read_run
+from pyiqa_clipkd.names import LEVELS
 
 SHIFT = 0.1
 
@@ -289,7 +296,7 @@ def test_without_matplotlib_a_plot_names_the_remedy(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr('pyiqa_clipkd.compare.find_spec', lambda name: None)
+    monkeypatch.setattr('pyiqa_clipkd.compare.command.find_spec', lambda name: None)
     a, b = write_pair(tmp_path)
     assert "pip install 'pyiqa-clipkd[plots]'" in fails(capsys, a, b, '--plot', 'x.png')
 
@@ -306,6 +313,245 @@ def test_a_jsonl_run_is_read_like_a_csv(tmp_path: Path) -> None:
         assert run.bad['error'].tolist() == ['the file is empty']
         assert run.values('crops') == ['0']
     assert measure(*runs).value == 0
+
+
+# --- attributes -----------------------------------------------------------------------
+
+
+def write_explained(
+    folder: Path, name: str, shift: float, changes: Mapping[str, float], count: int = 40
+) -> str:
+    """A result file whose scores and attributes are moved from those of all others."""
+    same, own = np.random.default_rng(0), np.random.default_rng([*name.encode()])
+    rows = {}
+    for i in range(count):
+        score = same.uniform(2, 4) + shift + own.normal(0, 0.05)
+        values = [
+            same.uniform(0.3, 0.7) + changes.get(attribute, 0) + own.normal(0, 0.02)
+            for attribute in ATTRIBUTES
+        ]
+        rows[f'{i}'] = explained(f'{name}/{i}.jpg', score, values)
+    return str(write_results(folder / f'{name}.csv', rows))
+
+
+def test_attributes_that_differ_are_named_largest_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = {'noisiness': -0.25, 'sharpness': 0.2, 'contrast': 0.015}
+    a = write_explained(tmp_path, 'a', 0, {})
+    b = write_explained(tmp_path, 'b', 0.1, moved)
+    assert main(['compare', a, b]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = 'B is noisier, sharper and slightly richer in contrast than A.'
+    place = lines.index(said)
+    assert lines[place - 6] == '99% intervals, so that all five hold with 95%:'
+    shown = dict(line.split(maxsplit=1) for line in lines[place - 5 : place])
+    assert [*shown] == [*ATTRIBUTES]
+    assert re.search(r'B - A -0\.2[45]\d \[-0\.2\d+, -0\.2\d+\]', shown['noisiness'])
+    assert lines[-1].startswith('B scores 0.')
+
+
+def test_json_has_the_attributes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_explained(tmp_path, 'a', 0, {})
+    b = write_explained(tmp_path, 'b', 0, {'brightness': -0.1})
+    assert main(['compare', a, b, '--json', '--confidence', '0.9']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [name for name, d in result['attributes'].items() if d['shown']] == [
+        'brightness'
+    ]
+    found = result['attributes']['brightness']
+    assert found['low'] < found['value'] < found['high'] < 0
+    assert found['value'] == pytest.approx(-0.1, abs=0.02)
+    assert found['confidence'] == pytest.approx(0.98)  # 1 - 0.1 / 5
+    means = [result[run]['attributes']['brightness'] for run in 'ab']
+    assert means[1] - means[0] == pytest.approx(found['value'])
+    assert result['attributes_summary'] == 'B is darker than A.'
+
+
+@pytest.mark.parametrize('paired', [True, False])
+def test_five_intervals_together_are_as_sure_as_a_single_one(paired: bool) -> None:
+    first, second = simulated(0)
+    both = Samples(first, second, paired)
+    one, of_five = both.difference(), both.difference(comparisons=5)
+    assert of_five == both.difference(confidence=0.99)._replace(
+        confidence=of_five.confidence
+    )
+    assert of_five.low < one.low < one.high < of_five.high
+
+
+def test_a_run_without_attributes_is_compared_as_ever(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write_pair(tmp_path)
+    b = write_explained(tmp_path, 'c', 0, {})
+    assert main(['compare', plain[0], b]) == 0
+    printed = capsys.readouterr()
+    assert 'sharpness' not in printed.out
+    assert printed.err == (
+        'Attributes are not compared: they are missing in A. Score again with '
+        '--attributes.\n'
+    )
+    assert main(['compare', *plain, '--json']) == 0
+    printed = capsys.readouterr()
+    assert 'attributes' not in printed.out + printed.err
+    assert 'a.csv has no attributes: score it again' in (
+        fails(capsys, plain[0], b, '--attributes')
+    )
+
+
+def test_the_same_attributes_and_none_that_differs_are_said(tmp_path: Path) -> None:
+    runs = [
+        read_run(Path(write_explained(tmp_path, name, 0, {}))) for name in ('a', 'b')
+    ]
+    for second, words in (
+        (0, 'A and B have the same attributes.'),
+        (1, 'No difference of an attribute is shown between A and B.'),
+    ):
+        both = (runs[0], runs[second])
+        pairs = scored_pairs(*both, pair(*both))
+        found = attribute_differences(both, pairs)
+        assert found
+        assert sentence(found) == words
+
+
+# --- a ranking ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def generators(tmp_path: Path) -> list[str]:
+    """Four runs of the same 40 names; `best` and `second` are as good."""
+    return [
+        write_explained(tmp_path, 'worst', -0.6, {'sharpness': -0.3}),
+        write_explained(tmp_path, 'best', 0.01, {}),
+        write_explained(tmp_path, 'third', -0.2, {'noisiness': 0.25}),
+        write_explained(tmp_path, 'second', 0, {}),
+    ]
+
+
+def test_four_runs_are_ranked_and_each_compared_with_the_next(
+    generators: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(['compare', *generators]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        '4 runs by their mean score, best first, over the 40 photographs that all of '
+        'them have:'
+    )
+    assert [line.split()[2] for line in lines[1:5]] == [
+        f'{name}.csv' for name in ('best', 'second', 'third', 'worst')
+    ]
+    assert lines[-6].startswith('No difference shown: best.csv - second.csv is +0.0')
+    assert lines[-5:-4] == [
+        'No difference of an attribute is shown between second.csv and best.csv.'
+    ]
+    assert lines[-4].startswith('second.csv scores 0.18 higher [0.1')
+    assert lines[-3] == 'second.csv is noisier than third.csv.'
+    assert lines[-1] == 'third.csv is sharper and cleaner than worst.csv.'
+
+
+def test_a_ranking_in_json_has_all_figures(
+    generators: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(['compare', '--json', *generators]) == 0
+    result = json.loads(capsys.readouterr().out)
+    ranking, steps = result['ranking'], result['steps']
+    assert [one['rank'] for one in ranking] == [1, 2, 3, 4]
+    means = [one['mean'] for one in ranking]
+    assert means == sorted(means, reverse=True)
+    for i, step in enumerate(steps):
+        assert (step['above'], step['below']) == (
+            ranking[i]['name'],
+            ranking[i + 1]['name'],
+        )
+        assert means[i] - means[i + 1] == pytest.approx(step['difference']['value'])
+        # Six pairs of runs, and five attributes.
+        assert step['difference']['confidence'] == pytest.approx(1 - 0.05 / 6)
+        for name, found in step['attributes'].items():
+            assert found['confidence'] == pytest.approx(1 - 0.05 / 30)
+            own = [one['attributes'][name] for one in ranking[i : i + 2]]
+            assert own[0] - own[1] == pytest.approx(found['value'])
+    assert len(steps) == 3
+
+
+def test_what_a_run_left_out_does_not_raise_its_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {f'{i}.jpg': 1.5 + i / 20 for i in range(40)}
+    easy = dict(list(scores.items())[12:])  # the worst of its photographs are bad files
+    files = [
+        write_results(
+            tmp_path / 'x.csv', {f'x/{n}': s * 1.2 for n, s in scores.items()}
+        ),
+        write_results(tmp_path / 'y.csv', {f'y/{n}': s for n, s in scores.items()}),
+        write_results(
+            tmp_path / 'z.csv',
+            {f'z/{n}': scores[n] * 0.95 if n in easy else None for n in scores},
+        ),
+    ]
+    assert main(['compare', *map(str, files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 'over the 28 photographs that all of them have' in lines[0]
+    assert lines[1].endswith('x.csv, 12 without a scored partner left out')
+    assert lines[3].endswith('z.csv, 12 could not be scored')
+    assert not any('sharpness' in line for line in lines)
+    assert lines[-1].startswith('y.csv scores 0.14 higher [')
+
+
+def test_runs_of_other_photographs_are_ranked_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(0)
+    for name, mean, count in (('x', 2.0, 20), ('y', 3.0, 30), ('z', 4.0, 25)):
+        scores: dict[str, float | None] = {
+            f'{name}{i}.jpg': float(draw.normal(mean, 0.2)) for i in range(count)
+        }
+        write_results(tmp_path / f'{name}.csv', scores)
+    files = [str(tmp_path / f'{name}.csv') for name in 'xyz']
+    assert main(['compare', *files, '--json']) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert not result['paired']
+    assert [one['counted'] for one in result['ranking']] == [25, 30, 20]
+    assert [one['name'] for one in result['ranking']] == ['z.csv', 'y.csv', 'x.csv']
+
+
+def test_mistakes_of_a_ranking_are_one_clear_line(
+    generators: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 'worst.csv is there twice: a ranking needs different runs.' in (
+        fails(capsys, *generators, generators[0])
+    )
+    assert '`--plot` shows two runs, but got 4.' in (
+        fails(capsys, *generators, '--plot', str(tmp_path / 'x.png'))
+    )
+    assert 'There is no file or folder gone.csv.' in (
+        fails(capsys, *generators, 'gone.csv')
+    )
+    few = str(write_results(tmp_path / 'few.csv', {f'{i}.jpg': 3.0 for i in range(4)}))
+    assert 'few.csv has 4 scored photographs; a comparison needs at least 5' in (
+        fails(capsys, few, *write_pair(tmp_path))
+    )
+    scores: dict[str, float | None] = {f'{i}.jpg': 3.0 for i in range(9)}
+    other = str(write_results(tmp_path / 'other.csv', scores, metric='clipkd_swin'))
+    assert 'a.csv and other.csv were scored differently: metric: clipkd_eff' in (
+        fails(capsys, *write_pair(tmp_path), other)
+    )
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for name in 'xyz':
+        (tmp_path / name).mkdir()
+        files.append(write_explained(tmp_path / name, 'scores', 0, {}))
+    assert main(['compare', *files, '--json']) == 0
+    ranking = json.loads(capsys.readouterr().out)['ranking']
+    assert sorted(one['name'] for one in ranking) == files
+
+
+# --- folders --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -377,3 +623,52 @@ def test_a_folder_without_photographs_is_named(
     (tmp_path / 'empty').mkdir()
     assert main(['compare', a, str(tmp_path / 'empty'), '--backend', 'torch']) == 2
     assert 'There are no photographs in ' in capsys.readouterr().err
+
+
+class Light:
+    """A backend whose score and attributes are how bright a photograph is."""
+
+    metric, weights, sha256 = 'clipkd_efficientnet_lite', 'light.onnx', 'f' * 64
+    name, input_size, levels = 'onnx', 32, tuple(LEVELS)
+
+    def __init__(self, *, attributes: bool) -> None:
+        self.heads_sha256 = 'f' * 64 if attributes else ''
+
+    def __call__(self, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return 1 + 4 * squares.mean((1, 2, 3)), None
+
+    def explain(
+        self, squares: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        scores, _ = self(squares)
+        values = np.full((len(scores), len(ATTRIBUTES)), 0.5)
+        values[:, ATTRIBUTES.index('brightness')] = (scores - 1) / 4
+        return scores, None, values
+
+
+@pytest.mark.parametrize('wanted', [True, False])
+def test_folders_have_attributes_if_asked_for_or_if_the_file_has_them(
+    folders: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: bool,
+) -> None:
+    def create_backend(metric: str, *, attributes: bool, **_: Any) -> Light:
+        return Light(attributes=attributes)
+
+    monkeypatch.setattr('pyiqa_clipkd.scoring.backends.create_backend', create_backend)
+    for file in Path(folders[1]).iterdir():
+        with Image.open(file) as image:
+            darker = image.point(lambda value: value // 3)
+        darker.save(file)
+    options = ['--attributes'] if wanted else []
+    assert main(['compare', *folders, *options]) == 0
+    assert ('B is darker than A.' in capsys.readouterr().out) == wanted
+    rows = {
+        f'{i}': explained(str(file), 3.0 + i / 10, [0.5, 0.9, 0.5, 0.5, 0.5])
+        for i, file in enumerate(Path(folders[0]).iterdir())
+    }
+    beside = str(write_results(tmp_path / 'a.csv', rows))
+    assert main(['compare', beside, folders[1], *options, '--force']) == 0
+    assert 'B is darker than A.' in capsys.readouterr().out

@@ -17,8 +17,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from result_files import row, write_results
+from result_files import explained, row, write_results
 
+from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.command import main
 from pyiqa_clipkd.report.charts import Axis, change_axis, score_axis
 from pyiqa_clipkd.report.gallery import href
@@ -336,6 +337,86 @@ def test_a_run_without_any_score_has_a_page(tmp_path: Path, count: int) -> None:
         for i in range(count)
     ]
     assert '0 photographs scored' in report(tmp_path, *files).words
+
+
+# --- attributes -----------------------------------------------------------------------
+
+LIGHT = {'good': 0.6, 'dark': 0.05}
+
+
+@pytest.fixture
+def why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A and B: 24 photographs; in B eight more are dark, and eight are noisy."""
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for name, dark, noisy in (('a', 2, 0), ('b', 10, 8)):
+        rows: dict[str, Any] = {}
+        for i in range(24):
+            light = LIGHT['dark' if i < dark else 'good'] + i / 1000
+            values = (0.8, light, 0.5, 0.5, 0.05 if i < noisy else 0.7)
+            rows[f'{i}'] = explained(f'{name}/{i}.jpg', 2 + i / 10, values)
+        broken = f'{name}/broken.jpg'
+        bad = dict.fromkeys(rows['0'], None) | {'faults': ''}
+        rows['broken'] = bad | row(broken, None, 'the file is empty')
+        runs.append(str(write_results(tmp_path / f'{name}.csv', rows)))
+    return runs
+
+
+def test_attributes_are_columns_and_faults_are_counted_and_on_cards(
+    why: list[str], tmp_path: Path
+) -> None:
+    page = report(tmp_path, why[1])
+    kinds = {column['key']: column['kind'] for column in page.data['columns']}
+    keys = [*kinds]
+    start = keys.index('sharpness')
+    assert keys[start - 1 : start + 7] == [
+        *('score_100', *ATTRIBUTES, 'faults', 'width')
+    ]
+    assert {kinds[name] for name in ATTRIBUTES} == {'attribute'}
+    assert page.column('brightness')[8:11] == pytest.approx([0.058, 0.059, 0.61])
+    assert page.column('brightness')[-1] is None
+    assert page.column('faults')[7:9] == ['too dark; noisy', 'too dark']
+    assert 'Faults 10 too dark, 8 noisy' in page.words
+    assert 'too dark 10 (42%)' in page.words
+    assert 'blurred 0 (0%)' in page.words
+    assert 'Brightness 0.38' in page.words
+    buttons = [b['data-fault'] for b in page.all('button') if 'data-fault' in b]
+    assert buttons == ['blurred', 'too dark', 'flat', 'pale', 'noisy']
+    assert '7.jpg 2.70 fair too dark, noisy 8.jpg' in page.words
+    assert [s['name'] for s in page.all('select')] == ['column', 'level', 'fault']
+
+
+def test_two_runs_show_the_differences_of_their_attributes(
+    why: list[str], tmp_path: Path
+) -> None:
+    page = report(tmp_path, *why)
+    assert 'B is noisier and darker than A.' in page.words
+    assert 'Attributes, B - A Mean 99% interval Sharpness +0.000' in page.words
+    assert 'too dark 2 (8%) 10 (42%)' in page.words
+    assert page.column('brightness_change')[:3] == pytest.approx([0, 0, -0.55])
+    assert page.column('noisiness_change')[0] == pytest.approx(-0.65)
+    faults = [page.column(f'faults_{run}')[2] for run in 'ab']
+    assert faults == ['', 'too dark; noisy']
+
+
+def test_without_attributes_nothing_is_said_of_them(
+    why: list[str], results: str, tmp_path: Path
+) -> None:
+    for files in ([results], [why[0], results], [results, results]):
+        page = report(tmp_path, *files)
+        told = page.words.lower()
+        told += ' '.join(column['key'] for column in page.data['columns'])
+        assert not re.search('attribute|sharpness|brightness_change', told)
+        assert ('Faults' in page.words) == (why[0] in files)  # A's own, of its faults
+        assert not any('data-fault' in button for button in page.all('button'))
+        assert 'fault' not in [select['name'] for select in page.all('select')]
+
+
+def test_a_fault_is_text_whatever_the_file_says(tmp_path: Path) -> None:
+    odd = explained('p/1.jpg', 3.0, [0.5] * 5) | {'faults': f'{EVIL}; noisy'}
+    page = report(tmp_path, str(write_results(tmp_path / 'odd.csv', {'1': odd})))
+    assert f'{EVIL}, noisy' in page.words
+    assert len(page.all('script')) == 2
 
 
 # --- axes -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from result_files import row, write_results
+from result_files import explained, row, write_results
 
 from pyiqa_clipkd.command import main
 
@@ -137,6 +137,21 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     a['a/alone.jpg'] = 3.0
     files = [write_results(folder / f'{n}.csv', s) for n, s in (('a', a), ('b', b))]
     return make(folder, *files)
+
+
+@pytest.fixture(scope='module')
+def why(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Pages of a run with attributes, the i-th of 20 as sharp as i / 19; and of two."""
+    folder = tmp_path_factory.mktemp('why')
+    files = []
+    for name, light in (('a', 0.05), ('b', 0.6)):
+        rows: dict[str, Any] = {
+            f'{i}': explained(f'{name}/{i}.jpg', 3.0, [i / 19, light, 0.5, 0.5, 0.5])
+            for i in range(20)
+        }
+        files.append(write_results(folder / f'{name}.csv', rows))
+    (folder / 'both').mkdir()
+    return [make(folder, files[0]), make(folder / 'both', *files)]
 
 
 def cells(page: Any, heading: str) -> list[str]:
@@ -375,12 +390,42 @@ def test_two_runs_sort_and_filter_by_their_difference(
     assert cells(page, 'Score B') == ['']
 
 
+def test_attributes_and_faults_sort_and_filter(
+    why: list[Path], show: Callable[..., Any]
+) -> None:
+    page = show(why[0])
+    page.get_by_role('button', name='blurred', exact=True).click()
+    assert set(cells(page, 'Faults')) == {'blurred; too dark'}
+    assert status(page) == 'Rows 1 to 4 of 4, out of 20.'
+    assert field(page, 'combobox', 'Fault').input_value() == 'blurred'
+    page.get_by_role('button', name='blurred', exact=True).click()
+    field(page, 'combobox', 'Of').select_option('sharpness')
+    field(page, 'spinbutton', 'from').fill('0.9')
+    field(page, 'spinbutton', 'to below').fill('1')
+    assert cells(page, 'Sharpness') == ['0.95', '1.00']  # 1 is in
+    page.get_by_role('button', name='Sharpness', exact=True).click()
+    page.get_by_role('button', name='Sharpness', exact=True).click()
+    assert cells(page, 'Sharpness') == ['1.00', '0.95']
+    page = show(why[1])
+    page.get_by_role('button', name='too dark', exact=True).click()
+    assert status(page) == 'Rows 1 to 20 of 20.'
+    assert set(cells(page, 'Brightness B - A')) == {'+0.55'}
+    field(page, 'combobox', 'Of').select_option('brightness_change')
+    field(page, 'spinbutton', 'to below').fill('0.4')
+    assert status(page) == 'No row of 20 fits these filters.'
+
+
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [360, 1200])
 def test_it_fits_narrow_screens_and_can_be_read(
-    one: Path, two: Path, show: Callable[..., Any], scheme: str, width: int
+    one: Path,
+    two: Path,
+    why: list[Path],
+    show: Callable[..., Any],
+    scheme: str,
+    width: int,
 ) -> None:
-    for file in (one, two):
+    for file in (one, two, *why):
         page = show(file, color_scheme=scheme, viewport={'width': width, 'height': 800})
         page.evaluate(
             'for (const d of document.querySelectorAll("details")) d.open = true'

@@ -23,7 +23,7 @@ from scoring_data import ODD
 
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.images import UnreadableError, squares
-from pyiqa_clipkd.locations import BUNDLED_FOLDER
+from pyiqa_clipkd.locations import BUNDLED_FOLDER, bundled_metrics
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.network import CLIPKDStudent
 from pyiqa_clipkd.runtime import Runtime
@@ -31,7 +31,7 @@ from pyiqa_clipkd.runtime import Runtime
 CHECKOUT = Path(__file__).parents[1]
 COFFEE = CHECKOUT / 'tests' / 'photos' / 'coffee.jpg'
 LITE = 'clipkd_efficientnet_lite'
-BUNDLED = sorted(path.stem for path in BUNDLED_FOLDER.glob('*.safetensors'))
+BUNDLED = bundled_metrics()
 
 # Swin has the largest graph: its masks of attention are constants.
 LARGEST_GRAPH = 1_000_000
@@ -175,7 +175,7 @@ def test_an_unknown_name_says_which_there_are() -> None:
 
 def test_a_graph_without_its_weights_says_so(tmp_path: Path) -> None:
     path = shutil.copy(BUNDLED_FOLDER / f'{LITE}.onnx', tmp_path)
-    with pytest.raises(ValueError, match='its weight file is missing'):
+    with pytest.raises(ValueError, match='the weight file beside it is missing'):
         Runtime(path)
 
 

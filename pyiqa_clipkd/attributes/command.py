@@ -3,6 +3,7 @@
 Sharpness, brightness, contrast, colorfulness and noisiness, each from 0 to 1; 1 is the
 good side of all of them, so noisiness 1 means free of noise. The labeller `measures`
 takes classical measures and says where a photograph stands among others in the wild;
+`metric` gives what clipkd_efficientnet_lite's attribute heads have learned from these;
 `clip` asks CLIP which of two prompts fits better, and needs torch and its weights.
 
 A PATH is a file, a folder (with all below it), a pattern in quotes ('photos/**/*.jpg')
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -109,10 +110,14 @@ def run(arguments: argparse.Namespace) -> int:
     return UNREADABLE if counts.bad else FINE
 
 
-def _measures(*, weights: Path | None = None, prompts: Path | None = None) -> Labeller:
-    for name, value in (('weights', weights), ('prompts', prompts)):
+def _only_for_clip(options: Mapping[str, Path | None]) -> None:
+    for name, value in options.items():
         if value is not None:
             raise ValueError(f'`--{name}` needs --labeller clip.')
+
+
+def _measures(**options: Path | None) -> Labeller:
+    _only_for_clip(options)
     missing = [name for name in ('pywt', 'scipy') if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -122,6 +127,13 @@ def _measures(*, weights: Path | None = None, prompts: Path | None = None) -> La
     from pyiqa_clipkd.attributes.ranks import MeasureLabeller
 
     return MeasureLabeller()
+
+
+def _metric(**options: Path | None) -> Labeller:
+    _only_for_clip(options)
+    from pyiqa_clipkd.attributes.metric import MetricLabeller
+
+    return MetricLabeller()
 
 
 def _clip(*, weights: Path | None = None, prompts: Path | None = None) -> Labeller:
@@ -143,7 +155,11 @@ def _clip(*, weights: Path | None = None, prompts: Path | None = None) -> Labell
         ) from error
 
 
-LABELLERS: dict[str, Callable[..., Labeller]] = {'measures': _measures, 'clip': _clip}
+LABELLERS: dict[str, Callable[..., Labeller]] = {
+    'measures': _measures,
+    'metric': _metric,
+    'clip': _clip,
+}
 
 
 def _progress(stack: ExitStack) -> Callable[[], None] | None:

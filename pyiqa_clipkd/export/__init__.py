@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from pyiqa_clipkd import __version__
+from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.description import (
     EXTERNAL,
     FORMS,
@@ -30,9 +31,9 @@ from pyiqa_clipkd.export.graph import (
 )
 from pyiqa_clipkd.export.network import half, traced, traced_without_weights
 from pyiqa_clipkd.files import file_hash, written_whole
-from pyiqa_clipkd.locations import find_weights
+from pyiqa_clipkd.locations import attributes_file, find_weights
 from pyiqa_clipkd.metric import CLIPKDMetric
-from pyiqa_clipkd.names import SUFFIX
+from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX
 from pyiqa_clipkd.network import QualityNetwork
 
 TORCH = '.pt2'
@@ -47,8 +48,18 @@ class _Source(NamedTuple):
     metric: str
     weights: Path | None
 
-    def describe(self, form: str, precision: str) -> Description:
+    def describe(self, form: str, precision: str, attributes: bool) -> Description:
+        """
+        Raises:
+            ValueError: if attributes are wanted, but the network has no heads for them.
+        """
+        if attributes and self.network.readout is None:
+            raise ValueError(
+                f'`attributes`: {self.metric or "the network"} has no attribute heads; '
+                f'{DEFAULT_METRIC} has.'
+            )
         config = self.network.config
+        heads = attributes_file(self.weights) if attributes and self.weights else None
         return Description(
             metric=self.metric,
             input=form,
@@ -58,6 +69,8 @@ class _Source(NamedTuple):
             sha256=file_hash(self.weights) if self.weights else '',
             precision=precision,
             version=__version__,
+            attributes=ATTRIBUTES if attributes else (),
+            heads_sha256=file_hash(heads) if heads and heads.is_file() else '',
         )
 
 
@@ -69,13 +82,14 @@ def export(
     form: str = PHOTOGRAPHS,
     precision: str = 'float32',
     photographs: Sequence[Path] | None = None,
+    attributes: bool = False,
 ) -> Path:
     """Write a metric as an ONNX model, or as a program of `torch.export`.
 
     Preprocessing and head are inside. Outputs are `score` (N,), in [1, 5], higher is
-    better, and `probabilities` (N, L) of the levels, worst first (none of a regression
-    head). N is free. An ONNX model has a description of itself in its metadata under
-    `pyiqa_clipkd`, as JSON.
+    better, `probabilities` (N, L) of the levels, worst first (none of a regression
+    head), and on request `attributes` (N, 5). N is free. An ONNX model has a
+    description of itself in its metadata under `pyiqa_clipkd`, as JSON.
 
     Args:
         metric: its name, or a network without crops.
@@ -88,6 +102,8 @@ def export(
             depends on the network: measure it (`export.check.differences`).
         photographs: files that set the ranges of `int8`; by default those that ship
             with scikit-image.
+        attributes: also give five attributes, in [0, 1], 1 the good side; for metrics
+            that have heads for them.
 
     Raises:
         ValueError: if an argument is none of those.
@@ -97,9 +113,9 @@ def export(
     path = Path(path).expanduser()
     _check_arguments(path, form, precision)
     source = _load(metric, weights)
-    description = source.describe(form, precision)
+    description = source.describe(form, precision, attributes)
     network = half(source.network) if precision == 'float16' else source.network
-    program = traced(network, form)
+    program = traced(network, form, attributes=attributes)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         if path.suffix == TORCH:
@@ -158,13 +174,20 @@ def _load(metric: str | QualityNetwork, weights: str | Path | None) -> _Source:
     return _Source(network, metric, find_weights(metric, weights))
 
 
-def write_graph(metric: str, folder: str | Path) -> Path:
+def write_graph(metric: str, folder: str | Path, *, attributes: bool = False) -> Path:
     """Write `METRIC.onnx` beside `METRIC.safetensors`, whose tensors it reads.
 
     The model takes squares. It has no weights of its own and works in that folder only.
 
+    Args:
+        metric: its name.
+        folder: of the weight file.
+        attributes: write `METRIC.attributes.onnx` instead, which also gives these; it
+            reads `METRIC.attributes.safetensors`, too.
+
     Raises:
         FileNotFoundError: if the weight file isn't there.
+        ValueError: if attributes are wanted, but there are no heads for them.
         ImportError: if a package for ONNX is missing.
     """
     from safetensors.torch import load_file
@@ -172,19 +195,25 @@ def write_graph(metric: str, folder: str | Path) -> Path:
     _check_packages()
     weights = Path(folder) / f'{metric}{SUFFIX}'
     source = _load(metric, weights)
-    header, _ = read_header(weights)
+    description = source.describe(SQUARES, EXTERNAL, attributes)
+    files = {'': weights}
+    if attributes:
+        files['readout.'] = attributes_file(weights)
     stored = {
-        name: tensor
-        for name, tensor in load_file(weights).items()
+        prefix + name: tensor
+        for prefix, file in files.items()
+        for header, _ in [read_header(file)]
+        for name, tensor in load_file(file).items()
         if header[name]['dtype'] in DTYPES
     }
     model = to_onnx(
-        traced_without_weights(source.network, stored),
-        source.describe(SQUARES, EXTERNAL),
+        traced_without_weights(source.network, stored, attributes=attributes),
+        description,
         further_inputs=tuple(stored),
     )
     path = weights.with_suffix(ONNX)
+    path = attributes_file(path) if attributes else path
     with written_whole(path) as partial:
-        model = point_to_weights(without_traces(model), weights)
+        model = point_to_weights(without_traces(model), files)
         partial.write_bytes(model.SerializeToString())
     return path

@@ -122,10 +122,29 @@ def differences(
 
 
 @torch.inference_mode()
+def attribute_move(
+    network: QualityNetwork, model: Path, files: Sequence[Path]
+) -> float:
+    """How far an attribute of an ONNX model is from the network's, at most."""
+    runtime = Runtime(model, attributes=True)
+    moves = []
+    for path in files:
+        found = runtime.score(path).attributes
+        _, why = network(_pixels(path), return_attributes=True)
+        moves += [abs(found[name] - value) for name, value in why.named()[0].items()]
+    return max(moves)
+
+
+@torch.inference_mode()
 def eager_score(network: QualityNetwork, path: Path) -> float:
     """The score of a photograph by torch alone."""
+    return float(network(_pixels(path)))
+
+
+def _pixels(path: Path) -> Tensor:
+    """(1, 3, H, W) in [0, 1]."""
     pixels = torch.from_numpy(np.array(_read(path)))
-    return float(network(pixels.permute(2, 0, 1)[None].float() / 255))
+    return pixels.permute(2, 0, 1)[None].float() / 255
 
 
 def _onnx_scorer(model: Path) -> Callable[[Path], float]:

@@ -11,6 +11,7 @@ from pyiqa_clipkd.description import FORMS, ONNX, PHOTOGRAPHS
 from pyiqa_clipkd.export import PRECISIONS, TORCH, export
 from pyiqa_clipkd.export.check import (
     Differences,
+    attribute_move,
     check_photographs,
     differences,
     without_unreadable,
@@ -37,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='photographs: uint8 RGB of any size, resized inside (default); '
         'squares: float, resized by the caller, as our own runtime does',
     )
+    help_text = (
+        'also give five values in [0, 1], 1 the good side; needs attribute heads'
+    )
+    add('--attributes', action='store_true', help=help_text)
     add('--precision', choices=PRECISIONS, default='float32', help='of the encoder')
     add(
         '--check',
@@ -86,8 +91,12 @@ def _exported(arguments: argparse.Namespace, files: Sequence[Path]) -> Differenc
         form=arguments.input,
         precision=arguments.precision,
         photographs=calibration,
+        attributes=arguments.attributes,
     )
     megabytes = path.stat().st_size / 1e6
     print(f'Wrote {path}: {arguments.precision}, {megabytes:.1f} MB.')
     network = CLIPKDMetric(arguments.metric, pretrained_model_path=arguments.weights)
+    if arguments.attributes and path.suffix == ONNX:
+        move = attribute_move(network, path, files)
+        print(f'Against eager torch, attributes differ by {move:.3f} at most.')
     return differences(network, path, files)

@@ -6,7 +6,7 @@ import json
 import logging
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyiqa_clipkd.description import INPUT_NAMES, KEY, OUTPUT_NAMES, Description
+from pyiqa_clipkd.description import (
+    ATTRIBUTES,
+    INPUT_NAMES,
+    KEY,
+    PROBABILITIES,
+    SCORE,
+    Description,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -47,14 +54,13 @@ def to_onnx(
     import onnx
     from onnx_ir.passes.common import DeduplicateInitializersPass
 
-    outputs = len(program.graph_signature.user_outputs)
     with _quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT_NAMES[description.input], *further_inputs],
-            output_names=OUTPUT_NAMES[:outputs],
+            output_names=_output_names(program, description),
             verbose=False,
         )
     assert exported is not None
@@ -64,6 +70,15 @@ def to_onnx(
     onnx.helper.set_model_props(model, {KEY: description.encode()})
     _name_sizes(model)
     return model
+
+
+def _output_names(
+    program: torch.export.ExportedProgram, description: Description
+) -> list[str]:
+    last = [ATTRIBUTES] if description.attributes else []
+    count = len(program.graph_signature.user_outputs)
+    middle = [PROBABILITIES] if count > 1 + len(last) else []
+    return [SCORE, *middle, *last]
 
 
 def _name_sizes(model: onnx.ModelProto) -> None:
@@ -111,21 +126,27 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-def point_to_weights(model: onnx.ModelProto, weights: Path) -> onnx.ModelProto:
-    """Inputs behind the first become tensors that are read from a safetensors file.
+def point_to_weights(
+    model: onnx.ModelProto, files: Mapping[str, Path]
+) -> onnx.ModelProto:
+    """Inputs behind the first become tensors that are read from safetensors files.
 
     Args:
-        model: its further inputs are named as the tensors of the file.
-        weights: the file; the model must lie beside it.
+        model: its further inputs are named as tensors of the files, with the prefix.
+        files: prefix -> a file; the model must lie beside all of them.
     """
-    header, begin = read_header(weights)
+    known = {
+        prefix + name: (entry, begin, path.name)
+        for prefix, path in files.items()
+        for header, begin in [read_header(path)]
+        for name, entry in header.items()
+    }
     used = {name for node in model.graph.node for name in node.input}
     further = [value.name for value in model.graph.input[1:]]
     del model.graph.input[1:]
     for name in further:
         if name in used:
-            tensor = _external(name, header[name], begin, weights.name)
-            model.graph.initializer.append(tensor)
+            model.graph.initializer.append(_external(name, *known[name]))
     return model
 
 
@@ -225,4 +246,5 @@ def _kept_in_float(model: onnx.ModelProto) -> list[str]:
 
 def _of_head(node: onnx.NodeProto) -> bool:
     notes = {note.key: note.value for note in node.metadata_props}
-    return "'network.head'" in notes.get('pkg.torch.onnx.name_scopes', '')
+    scopes = notes.get('pkg.torch.onnx.name_scopes', '')
+    return any(f"'network.{part}'" in scopes for part in ('head', 'readout'))

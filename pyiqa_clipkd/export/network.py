@@ -15,7 +15,8 @@ from pyiqa_clipkd.geometry import LONGEST_STRIP
 from pyiqa_clipkd.network import QualityNetwork
 from pyiqa_clipkd.weights import unpack_int8
 
-# Score (N,) and probabilities (N, L); a regression head has no probabilities.
+# Score (N,), probabilities (N, L) but of a regression head, attributes (N, 5) of a
+# network that has heads for them.
 Outputs = tuple[Tensor, ...]
 
 # Of a photograph's sides in a .pt2 file, and of a batch.
@@ -26,28 +27,30 @@ TRACED_BATCH, TRACED_HEIGHT, TRACED_WIDTH = 2, 300, 451
 
 
 class SquaresNetwork(nn.Module):
-    """float32 (N, 3, S, S) in [0, 1] -> score (N,), probabilities (N, L)."""
+    """float32 (N, 3, S, S) in [0, 1] -> `Outputs`."""
 
-    def __init__(self, network: QualityNetwork) -> None:
+    def __init__(self, network: QualityNetwork, attributes: bool) -> None:
         super().__init__()
         self.network = network
+        self.attributes = attributes
 
     def forward(self, squares: Tensor) -> Outputs:
         # A square of its own size passes the network's preprocessing unchanged.
-        return _outputs(self.network(squares, return_details=True))
+        return _outputs(self, squares)
 
 
 class PhotographsNetwork(nn.Module):
-    """uint8 RGB (N, H, W, 3) of any size -> score (N,), probabilities (N, L)."""
+    """uint8 RGB (N, H, W, 3) of any size -> `Outputs`."""
 
-    def __init__(self, network: QualityNetwork) -> None:
+    def __init__(self, network: QualityNetwork, attributes: bool) -> None:
         super().__init__()
         self.network = network
+        self.attributes = attributes
 
     def forward(self, image: Tensor) -> Outputs:
         pixels = image.permute(0, 3, 1, 2).float() / 255
         squares = resize_and_crop(pixels, self.network.preprocessing.input_size)
-        return _outputs(self.network(squares, return_details=True))
+        return _outputs(self, squares)
 
 
 class StoredNetwork(nn.Module):
@@ -57,21 +60,34 @@ class StoredNetwork(nn.Module):
     read from the weight file when the model is loaded. Precisions as in the file.
     """
 
-    def __init__(self, network: QualityNetwork) -> None:
+    def __init__(self, network: QualityNetwork, attributes: bool) -> None:
         super().__init__()
         self.network = network
+        self.attributes = attributes
 
     def forward(self, squares: Tensor, stored: Mapping[str, Tensor]) -> Outputs:
         tensors = {name: t.float() for name, t in unpack_int8(stored).items()}
-        output = torch.func.functional_call(
-            self.network, tensors, (squares,), {'return_details': True}
+        return _outputs(self, squares, tensors)
+
+
+def _outputs(
+    module: Any, squares: Tensor, tensors: Mapping[str, Tensor] | None = None
+) -> Outputs:
+    """What a network says, with `tensors` instead of its own where they are given."""
+    wanted = {'return_details': True, 'return_attributes': module.attributes}
+    if tensors is None:
+        result = module.network(squares, **wanted)
+    else:
+        result = torch.func.functional_call(
+            module.network, dict(tensors), (squares,), wanted
         )
-        return _outputs(output)
-
-
-def _outputs(output: Tensor | tuple[Tensor, Tensor, Tensor | None]) -> Outputs:
-    score, _, probabilities = output
-    return (score[:, 0],) if probabilities is None else (score[:, 0], probabilities)
+    output, attributes = result if module.attributes else (result, None)
+    parts = (
+        output.score[:, 0],
+        output.probabilities,
+        attributes.values if attributes else None,
+    )
+    return tuple(part for part in parts if part is not None)
 
 
 class _Half(nn.Module):
@@ -79,10 +95,14 @@ class _Half(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder.half()
+        self.encoder: Any = encoder.half()
 
     def forward(self, img: Tensor) -> Tensor:
         return self.encoder(img.half()).float()
+
+    def forward_with_maps(self, img: Tensor) -> tuple[Tensor, list[Tensor]]:
+        embedding, maps = self.encoder.forward_with_maps(img.half())
+        return embedding.float(), maps
 
 
 def half(network: QualityNetwork) -> QualityNetwork:
@@ -126,21 +146,24 @@ def _central(img: Tensor, side: int, count: int) -> Tensor:
     return img.index_select(side, first + torch.arange(count, device=img.device))
 
 
-def traced(network: QualityNetwork, form: str) -> torch.export.ExportedProgram:
+def traced(
+    network: QualityNetwork, form: str, *, attributes: bool = False
+) -> torch.export.ExportedProgram:
     """The network as one graph, for any batch and, of photographs, any size.
 
     Args:
         network: in evaluation mode, on the CPU, without crops.
         form: `squares` or `photographs`.
+        attributes: whether to give these, too.
     """
     batch = torch.export.Dim('batch', min=1, max=LARGEST)
     size = network.preprocessing.input_size
     if form == SQUARES:
-        module: nn.Module = SquaresNetwork(network)
+        module: nn.Module = SquaresNetwork(network, attributes)
         example = torch.zeros(TRACED_BATCH, 3, size, size)
         shapes = {0: batch}
     else:
-        module = PhotographsNetwork(network)
+        module = PhotographsNetwork(network, attributes)
         shape = (TRACED_BATCH, TRACED_HEIGHT, TRACED_WIDTH, 3)
         example = torch.zeros(shape, dtype=torch.uint8)
         sides = (torch.export.Dim(s, min=1, max=LARGEST) for s in ('height', 'width'))
@@ -149,14 +172,17 @@ def traced(network: QualityNetwork, form: str) -> torch.export.ExportedProgram:
 
 
 def traced_without_weights(
-    network: QualityNetwork, stored: Mapping[str, Tensor]
+    network: QualityNetwork,
+    stored: Mapping[str, Tensor],
+    *,
+    attributes: bool = False,
 ) -> torch.export.ExportedProgram:
     """The network of squares as a graph whose further inputs are `stored`, in order."""
     size = network.preprocessing.input_size
     example = (torch.zeros(TRACED_BATCH, 3, size, size), dict(stored))
     batch = torch.export.Dim('batch', min=1, max=LARGEST)
     shapes = ({0: batch}, dict.fromkeys(stored))
-    return _export(StoredNetwork(network), example, shapes)
+    return _export(StoredNetwork(network, attributes), example, shapes)
 
 
 def _export(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pyiqa_clipkd.compare.runs import read_run
 from pyiqa_clipkd.files import written_whole
-from pyiqa_clipkd.runs import read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

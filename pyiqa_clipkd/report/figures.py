@@ -8,9 +8,9 @@ from html import escape
 
 import numpy as np
 
-from pyiqa_clipkd.difference import Difference
+from pyiqa_clipkd.compare.difference import Difference
+from pyiqa_clipkd.compare.runs import Run
 from pyiqa_clipkd.report.charts import Axis
-from pyiqa_clipkd.runs import Run
 from pyiqa_clipkd.scale import level_scores
 
 MOST_BAD = 200  # rows of the list of bad files; the table has all of them
@@ -30,6 +30,7 @@ def facts(run: Run) -> str:
     scored, bad = len(run.scored), len(run.bad)
     pairs = [
         ('Photographs', f'{scored:,} scored, {bad:,} could not be'),
+        *([('Faults', fault_words(run))] if run.has_attributes else []),
         ('Folder', run.folder or '.'),
         ('Metric', words('metric')),
         ('Weights', f'{words("weights")}, SHA-256 {words("sha256")}'),
@@ -39,6 +40,12 @@ def facts(run: Run) -> str:
         ('Results', f'{run.name}, written {written}'),
     ]
     return description_list(pairs)
+
+
+def fault_words(run: Run) -> str:
+    """How many photographs have each fault that there is: "3 blurred, 1 noisy"."""
+    found = [f'{count:,} {word}' for word, count in run.fault_counts.items() if count]
+    return ', '.join(found) or 'none'
 
 
 def description_list(pairs: Sequence[tuple[str, str]]) -> str:
@@ -75,7 +82,7 @@ def statistics(runs: Sequence[Run]) -> str:
         (word, [f'{figure(s):.2f}' if len(s) else '-' for s in scores])
         for word, figure in figures.items()
     ]
-    return table('Figures', _heads(runs, 'Score'), rows)
+    return table('Figures', heads(runs, 'Score'), rows)
 
 
 def level_counts(runs: Sequence[Run], levels: Sequence[str]) -> str:
@@ -88,7 +95,7 @@ def level_counts(runs: Sequence[Run], levels: Sequence[str]) -> str:
             for n, run in zip(counts, runs, strict=True)
         ]
         rows.append((name, cells))
-    return table('Levels', _heads(runs, 'Photographs'), rows, buttons=True)
+    return table('Levels', heads(runs, 'Photographs'), rows, chooses='level')
 
 
 def bar_counts(label: str, axis: Axis, columns: dict[str, np.ndarray]) -> str:
@@ -107,16 +114,17 @@ def table(
     heads: Sequence[str],
     rows: Sequence[tuple[str, Sequence[str]]],
     *,
-    buttons: bool = False,
+    chooses: str = '',
     style: str = 'small',
 ) -> str:
-    """A small table of words; its rows' names may be buttons that choose a level."""
+    """A small table of words; its rows' names may be buttons: `level`, `fault`."""
 
     def head(name: str) -> str:
         word = escape(name)
-        if not buttons:
+        if not chooses:
             return word
-        return f'<button type="button" class="link" data-level="{word}">{word}</button>'
+        button = f'<button type="button" class="link" data-{chooses}="{word}">'
+        return f'{button}{word}</button>'
 
     top = ''.join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     body = ''.join(
@@ -161,5 +169,6 @@ def difference_facts(difference: Difference, alone: tuple[int, int]) -> str:
     )
 
 
-def _heads(runs: Sequence[Run], single: str) -> list[str]:
+def heads(runs: Sequence[Run], single: str) -> list[str]:
+    """The headings of a column for each run."""
     return [single] if len(runs) == 1 else ['A', 'B']

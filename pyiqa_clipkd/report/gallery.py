@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote_from_bytes
 
+from pyiqa_clipkd.compare.runs import Run, faults_of
 from pyiqa_clipkd.report.thumbnails import Thumbnail
-from pyiqa_clipkd.runs import Run
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
@@ -70,7 +70,7 @@ class Cards:
         cards = [
             f'<li class="card">{self.picture(run, row.path)}'
             f'<p class="name">{escape(run.relative(row.path))}</p>'
-            f'<p>{score(row.score)} {escape(row.level)}</p></li>'
+            f'<p>{score(row.score)} {escape(row.level)}{faults(row.faults)}</p></li>'
             for row in rows.itertuples()
         ]
         return section(gallery.title, cards)
@@ -94,7 +94,7 @@ class Cards:
     def _both(self, runs: tuple[Run, Run], rows: Sequence[pd.Series]) -> str:
         """Two photographs side by side; one, if two runs scored the same file."""
         scores = [
-            f'<p>{word} {score(row["score"])}</p>'
+            f'<p>{word} {score(row["score"])}{faults(row["faults"])}</p>'
             for word, row in zip('AB', rows, strict=True)
         ]
         files = [run.locate(r['path']) for run, r in zip(runs, rows, strict=True)]
@@ -121,6 +121,12 @@ class Cards:
 
 def score(value: float) -> str:
     return f'<strong>{value:.2f}</strong>'
+
+
+def faults(cell: str) -> str:
+    """What is wrong with a photograph, where there is anything."""
+    words = ', '.join(faults_of(cell))
+    return f' <span class="faults">{escape(words)}</span>' if words else ''
 
 
 def section(title: str, cards: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
 from importlib.resources import files
@@ -14,12 +14,13 @@ from string import Template
 import numpy as np
 
 from pyiqa_clipkd import __version__
-from pyiqa_clipkd.difference import FEWEST, measure, pair, scored_pairs
-from pyiqa_clipkd.report import figures, rows
+from pyiqa_clipkd.compare.difference import FEWEST, measure
+from pyiqa_clipkd.compare.pairing import pair, scored_pairs
+from pyiqa_clipkd.compare.runs import Run, made_differently
+from pyiqa_clipkd.report import attributes, figures, rows
 from pyiqa_clipkd.report.charts import Series, change_axis, histogram, score_axis
 from pyiqa_clipkd.report.gallery import Cards, files_of, galleries
 from pyiqa_clipkd.report.thumbnails import make_thumbnails
-from pyiqa_clipkd.runs import Run, made_differently
 
 Section = tuple[str, str, str]  # id, heading, body
 
@@ -47,6 +48,8 @@ def make_page(
     else:
         table = rows.one_run(runs[0], page)
     sections.insert(1, _scores(runs, table))
+    if body := attributes.means_and_faults(runs):
+        sections.insert(2, ('attributes', 'Attributes', body))
     sections += _galleries(runs, page, thumbnails)
     return _fill(runs, table, sections, title)
 
@@ -129,6 +132,7 @@ def _verdict(first: Run, second: Run, pairs: np.ndarray) -> str:
     return (
         f'<p class="verdict">{escape(difference.sentence())}</p>'
         f'{figures.difference_facts(difference, alone)}'
+        f'{attributes.differences(first, second, pairs)}'
     )
 
 
@@ -161,6 +165,8 @@ def _fill(
     links = [*sections, ('table', 'All photographs', '')]
     links += [('bad', 'Bad files', '')] if bad else []
     levels = dict.fromkeys(name for run in runs for name in run.levels)
+    with_faults = all(run.has_attributes for run in runs)
+    faults = runs[0].fault_counts if with_faults else ()
     text = Template(template).substitute(
         policy=_policy(style, script),
         title=escape(title),
@@ -168,7 +174,9 @@ def _fill(
         warning=_warning(runs),
         links=''.join(f'<a href="#{i}">{heading}</a>' for i, heading, _ in links),
         sections=''.join(_section(*section) for section in sections),
-        levels=''.join(f'<option>{escape(w)}</option>' for w in levels),
+        levels=_options(levels),
+        searched='name, faults, notes or error' if faults else 'name, notes or error',
+        faults=_fault_filter(faults) if faults else '',
         bad=_section('bad', 'Bad files', bad) if bad else '',
         data=table.as_json(),
         style=style,
@@ -178,6 +186,15 @@ def _fill(
     )
     # A name that isn't UTF-8 on disk has half a character in it.
     return text.encode('utf-8', 'replace').decode('utf-8')
+
+
+def _options(words: Iterable[str]) -> str:
+    return ''.join(f'<option>{escape(word)}</option>' for word in words)
+
+
+def _fault_filter(faults: Iterable[str]) -> str:
+    options = f'<option value="">all</option>{_options(faults)}'
+    return f'\n<label>Fault <select name="fault">{options}</select></label>'
 
 
 def _section(name: str, heading: str, body: str) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pyiqa_clipkd.attributes.names import ATTRIBUTES
+from pyiqa_clipkd.compare.runs import Run
 from pyiqa_clipkd.report.gallery import href
-from pyiqa_clipkd.runs import Run
 
 DIGITS = 4  # of a score; the bars count the rounded ones, so that filters agree
 ALWAYS = ('name', 'score', 'score_a', 'score_b')
@@ -20,7 +22,7 @@ class Column(NamedTuple):
 
     Attributes:
         key, label: its name for the script, and its heading.
-        kind: `file`, `text`, `number` or `change`.
+        kind: `file`, `text`, `number`, `change`, or `attribute`: a number in [0, 1].
         values: one a row; `None` or '' where there is none. Of `file` there are none:
             the names of the files are the values.
         digits: of a number, behind the point.
@@ -73,6 +75,7 @@ def one_run(run: Run, page: Path) -> Table:
         Column('score', 'Score', 'number', _numbers(run, 'score', every)),
         Column('level', 'Level', 'text', _words(run, 'level', every)),
         Column('score_100', '0-100', 'number', _numbers(run, 'score_100', every), 1),
+        *_attributes(run, every),
         Column('width', 'Width', 'number', _numbers(run, 'width', every), 0),
         Column('height', 'Height', 'number', _numbers(run, 'height', every), 0),
         Column('seconds', 'Seconds', 'number', _numbers(run, 'seconds', every), 3),
@@ -92,24 +95,58 @@ def two_runs(runs: tuple[Run, Run], pairs: np.ndarray, page: Path) -> Table:
     """
     places = _with_the_lonely(runs, pairs)
     a, b = (_numbers(runs[i], 'score', places[i]) for i in (0, 1))
-    change = [
-        None if x is None or y is None else round(y - x, DIGITS)
-        for x, y in zip(a, b, strict=True)
-    ]
     errors = [_words(runs[i], 'error', places[i]) for i in (0, 1)]
     columns = [
         Column('name', 'Photograph', 'file', []),
         Column('score_a', 'Score A', 'number', a, run=0),
         Column('score_b', 'Score B', 'number', b, run=1),
-        Column('change', 'B - A', 'change', change),
+        Column('change', 'B - A', 'change', _changes(a, b)),
         Column('level_a', 'Level A', 'text', _words(runs[0], 'level', places[0])),
         Column('level_b', 'Level B', 'text', _words(runs[1], 'level', places[1])),
+        *_attribute_changes(runs, places),
         Column(
             'error', 'Error', 'text', [_error(*e) for e in zip(*errors, strict=True)]
         ),
     ]
     files = [_files(runs[i], places[i], page) for i in (0, 1)]
     return Table(_in_use(columns), files)
+
+
+def _attributes(run: Run, places: np.ndarray) -> list[Column]:
+    if not run.has_attributes:
+        return []
+    return [
+        *(
+            Column(name, name.capitalize(), 'attribute', _numbers(run, name, places))
+            for name in ATTRIBUTES
+        ),
+        Column('faults', 'Faults', 'text', _words(run, 'faults', places)),
+    ]
+
+
+def _attribute_changes(runs: tuple[Run, Run], places: np.ndarray) -> list[Column]:
+    """How much each attribute changed, and the faults of both."""
+    if not all(run.has_attributes for run in runs):
+        return []
+    columns = []
+    for name in ATTRIBUTES:
+        a, b = (_numbers(runs[i], name, places[i]) for i in (0, 1))
+        label = f'{name.capitalize()} B - A'
+        columns.append(Column(f'{name}_change', label, 'change', _changes(a, b)))
+    for i, letter in enumerate('AB'):
+        words = _words(runs[i], 'faults', places[i])
+        key = f'faults_{letter.lower()}'
+        columns.append(Column(key, f'Faults {letter}', 'text', words))
+    return columns
+
+
+def _changes(
+    first: Sequence[float | None], second: Sequence[float | None]
+) -> list[float | None]:
+    return [
+        None if x is None or y is None else round(y - x, DIGITS)
+        for x, y in zip(first, second, strict=True)
+    ]
 
 
 def _with_the_lonely(runs: tuple[Run, Run], pairs: np.ndarray) -> np.ndarray:

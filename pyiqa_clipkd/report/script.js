@@ -11,15 +11,20 @@
   const head = document.querySelector('#rows thead tr');
   const body = document.querySelector('#rows tbody');
   const bars = [...document.querySelectorAll('.bar')];
-  const levelButtons = [...document.querySelectorAll('[data-level]')];
+  // Buttons that choose a word in a list of the filters, and the columns that have it.
+  const choices = ['level', 'fault'].filter((name) => fields[name]).map((name) => ({
+    name,
+    buttons: [...document.querySelectorAll(`[data-${name}]`)],
+    columns: columns.filter((column) => column.key.startsWith(name)),
+  }));
   const collator = new Intl.Collator('en', { numeric: true });
 
   // The name in the last run that has the file.
   byKey.get('name').values = files[0].names.map((name, row) => files.at(-1).names[row] ?? name);
-  const searched = ['name', 'notes', 'error'].flatMap((key) => byKey.get(key)?.values ? [byKey.get(key).values] : []);
+  const searched = ['name', 'faults', 'faults_a', 'faults_b', 'notes', 'error'].flatMap((key) => byKey.get(key)?.values ? [byKey.get(key).values] : []);
   const haystack = Array.from({ length: count }, (_, row) =>
     searched.map((values) => values[row]).join('\n').toLowerCase());
-  const levelColumns = columns.filter((column) => column.key.startsWith('level'));
+  const isNumber = (column) => ['number', 'change', 'attribute'].includes(column.kind);
   const missing = (value) => value === null || value === '';
 
   // Which of name, score and so on is sorted, and the order of all rows by it.
@@ -49,30 +54,34 @@
     const text = fields.text.value.trim().toLowerCase();
     const range = byKey.get(fields.column.value)?.values;
     const from = fields.from.value === '' ? -Infinity : Number(fields.from.value);
-    // Nothing is above 5: there `below` holds its own end, too.
-    const below = fields.below.value === '' || (fields.column.value !== 'change' && Number(fields.below.value) >= 5)
+    // Nothing is above 5, or 1: there `below` holds its own end, too.
+    const top = { change: Infinity, attribute: 1 }[byKey.get(fields.column.value)?.kind] ?? 5;
+    const below = fields.below.value === '' || Number(fields.below.value) >= top
       ? Infinity : Number(fields.below.value);
     const ranged = from !== -Infinity || below !== Infinity;
-    const level = fields.level.value;
+    const chosen = choices.filter(({ name }) => fields[name].value);
     const errors = fields.errors.checked && byKey.get('error')?.values;
     shown = order.filter((row) =>
       (!text || haystack[row].includes(text)) &&
       (!ranged || (range[row] !== null && range[row] >= from && range[row] < below)) &&
-      (!level || levelColumns.some((column) => column.values[row] === level)) &&
+      chosen.every(({ name, columns }) =>
+        columns.some((column) => column.values[row].split('; ').includes(fields[name].value))) &&
       (!fields.errors.checked || (errors && errors[row])));
     page = 0;
     mark();
     show();
   }
 
-  // Which bar and level stand for the filters as they are.
+  // Which bar, level and fault stand for the filters as they are.
   function mark() {
     for (const bar of bars) {
       const pressed = isPressed(bar);
       bar.setAttribute('aria-pressed', String(pressed));
     }
-    for (const button of levelButtons) {
-      button.setAttribute('aria-pressed', String(button.dataset.level === fields.level.value));
+    for (const { name, buttons } of choices) {
+      for (const button of buttons) {
+        button.setAttribute('aria-pressed', String(button.dataset[name] === fields[name].value));
+      }
     }
   }
 
@@ -96,7 +105,7 @@
 
   function format(column, value) {
     if (missing(value)) return '';
-    if (column.kind !== 'number' && column.kind !== 'change') return value;
+    if (!isNumber(column)) return value;
     const text = value.toFixed(column.digits);
     return column.kind === 'change' && value > 0 ? `+${text}` : text;
   }
@@ -104,7 +113,7 @@
   function cell(column, row) {
     const value = column.values[row];
     const element = document.createElement('td');
-    element.className = column.kind === 'change' ? 'number' : column.kind;
+    element.className = isNumber(column) ? 'number' : column.kind;
     const text = format(column, value);
     if (column.kind === 'change' && value) element.classList.add(value < 0 ? 'fell' : 'rose');
     const last = files.length - 1;
@@ -156,10 +165,10 @@
     const cell = document.createElement('th');
     cell.scope = 'col';
     cell.dataset.key = column.key;
-    if (column.kind === 'number' || column.kind === 'change') cell.className = 'number';
+    if (isNumber(column)) cell.className = 'number';
     cell.append(button);
     head.append(cell);
-    if (/^(score|score_a|score_b|change)$/.test(column.key)) {
+    if (/^(score|score_a|score_b)$/.test(column.key) || ['change', 'attribute'].includes(column.kind)) {
       fields.column.append(new Option(column.label, column.key));
     }
   }
@@ -175,11 +184,13 @@
       press(bar);
     });
   }
-  for (const button of levelButtons) {
-    button.addEventListener('click', () => {
-      fields.level.value = fields.level.value === button.dataset.level ? '' : button.dataset.level;
-      filter();
-    });
+  for (const { name, buttons } of choices) {
+    for (const button of buttons) {
+      button.addEventListener('click', () => {
+        fields[name].value = fields[name].value === button.dataset[name] ? '' : button.dataset[name];
+        filter();
+      });
+    }
   }
   if (byKey.has('change')) sort('change', true);
   else if (byKey.has('score')) sort('score', true);

@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from pyiqa_clipkd.description import ONNX, SQUARES
 from pyiqa_clipkd.files import file_hash
-from pyiqa_clipkd.locations import find_weights
+from pyiqa_clipkd.locations import attributes_file, find_weights
 from pyiqa_clipkd.names import DEFAULT_METRIC, METRICS, user_names
+
+if TYPE_CHECKING:
+    from pyiqa_clipkd.runtime import Outputs
 
 KINDS = ('auto', 'torch', 'onnx')
 DEVICES = ('auto', 'cpu', 'cuda', 'mps')
@@ -58,6 +61,27 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class Explaining(Protocol):
+    """A backend that may also say why.
+
+    Attributes:
+        heads_sha256: of the attribute heads; empty if it doesn't.
+    """
+
+    @property
+    def heads_sha256(self) -> str: ...
+
+    def explain(self, squares: np.ndarray, /) -> Outputs:
+        """What a call gives, and attributes (N, 5) in [0, 1], if it has them."""
+        ...
+
+
+def heads_of(backend: Backend) -> str:
+    """SHA-256 of the heads whose attributes its rows have; empty without them."""
+    return backend.heads_sha256 if isinstance(backend, Explaining) else ''
+
+
 class TorchBackend:
     """A metric in torch: every network, also on a GPU.
 
@@ -67,6 +91,10 @@ class TorchBackend:
         threads: processor threads of one forward pass; for all of this process.
         weights: a file to use instead of the metric's own.
         input_size: side of the squares, instead of that of the training.
+        attributes: also say why.
+
+    Raises:
+        ValueError: if the weights have no attribute heads, but attributes are wanted.
     """
 
     name = 'torch'
@@ -79,6 +107,7 @@ class TorchBackend:
         threads: int | None = None,
         weights: Path | None = None,
         input_size: int | None = None,
+        attributes: bool = False,
     ) -> None:
         import torch
 
@@ -90,6 +119,16 @@ class TorchBackend:
         )
         network = CLIPKDMetric(metric, pretrained_model_path=weights, **changes)
         path = find_weights(metric, weights)
+        if attributes and (network.readout is None or path is None):
+            raise ValueError(
+                f'`attributes`: {path or metric} has no attribute heads beside it. '
+                f'The bundled {DEFAULT_METRIC} has; scripts/attribute_heads.py makes '
+                'them for weights of your own.'
+            )
+        self.attributes = attributes
+        self.heads_sha256 = (
+            file_hash(attributes_file(path)) if attributes and path else ''
+        )
         self.metric = metric
         # Those of CLIP itself come from the cache of open_clip.
         self.weights = path.name if path else 'open_clip'
@@ -102,16 +141,24 @@ class TorchBackend:
         self.network = network.to(device)
 
     def __call__(self, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        scores, probabilities, _ = self.explain(squares)
+        return scores, probabilities
+
+    def explain(self, squares: np.ndarray) -> Outputs:
         import torch
 
         with torch.inference_mode():
             images = torch.from_numpy(squares).to(self.device)
             images = images.contiguous(memory_format=torch.channels_last)
-            output = self.network(images, return_details=True)
-            scores = output.score[:, 0].cpu().numpy()
-            if output.probabilities is None:
-                return scores, None
-            return scores, output.probabilities.cpu().numpy()
+            result = self.network(
+                images, return_details=True, return_attributes=self.attributes
+            )
+            output, why = result if self.attributes else (result, None)
+            parts = (output.probabilities, why.values if why else None)
+            probabilities, attributes = (
+                None if part is None else part.cpu().numpy() for part in parts
+            )
+            return output.score[:, 0].cpu().numpy(), probabilities, attributes
 
 
 def create_backend(
@@ -122,6 +169,7 @@ def create_backend(
     threads: int | None = None,
     weights: Path | None = None,
     input_size: int | None = None,
+    attributes: bool = False,
 ) -> Backend:
     """Make a metric ready to score.
 
@@ -135,6 +183,7 @@ def create_backend(
             photographs are scored at a time.
         weights: a file to use instead of the metric's own; .onnx needs no torch.
         input_size: side of the squares; torch only.
+        attributes: also say why, of a metric that has heads for it.
 
     Raises:
         ValueError: if an argument is wrong, or two don't fit together.
@@ -144,16 +193,16 @@ def create_backend(
     _check(kind, device, weights)
     if weights is not None and (kind == 'onnx' or weights.suffix.lower() == ONNX):
         _check_onnx(kind, device, input_size)
-        return _onnx_file(weights, metric, threads)
+        return _onnx_file(weights, metric, threads, attributes)
     metric = metric or DEFAULT_METRIC
     _check_metric(metric)
     if kind == 'onnx':
         _check_onnx(kind, device, input_size)
-        return _onnx(metric, threads)
+        return _onnx(metric, threads, attributes)
     graph_fits = kind == 'auto' and weights is None and input_size is None
     if graph_fits and find_spec('onnxruntime') and resolve_device(device) == 'cpu':
         try:
-            return _onnx(metric, threads)
+            return _onnx(metric, threads, attributes)
         except (FileNotFoundError, ImportError):  # no graph of it, or a broken library
             if find_spec('torch') is None:
                 raise
@@ -168,6 +217,7 @@ def create_backend(
         threads=threads,
         weights=weights,
         input_size=input_size,
+        attributes=attributes,
     )
 
 
@@ -236,14 +286,16 @@ def _check_onnx(kind: str, device: str, input_size: int | None) -> None:
         raise ValueError('`input_size` of an ONNX graph is fixed: use --backend torch.')
 
 
-def _onnx_file(path: Path, metric: str | None, threads: int | None) -> Backend:
+def _onnx_file(
+    path: Path, metric: str | None, threads: int | None, attributes: bool
+) -> Backend:
     """A model in a file, which must be that of the metric if both have a name."""
     if path.suffix.lower() != ONNX:
         raise ValueError(
             f'`weights` for onnxruntime must be an {ONNX} file, but got {path}: make '
             'one with `pyiqa-clipkd export`, or take --backend torch.'
         )
-    backend = _onnx(path, threads)
+    backend = _onnx(path, threads, attributes)
     if metric and backend.metric and metric != backend.metric:
         raise ValueError(
             f'`weights`: {path.name} is a model of {backend.metric}, not of {metric}.'
@@ -251,14 +303,14 @@ def _onnx_file(path: Path, metric: str | None, threads: int | None) -> Backend:
     return backend
 
 
-def _onnx(model: str | Path, threads: int | None) -> Backend:
+def _onnx(model: str | Path, threads: int | None, attributes: bool) -> Backend:
     if find_spec('onnxruntime') is None:
         raise ModuleNotFoundError(
             'onnxruntime is not installed: `pip install onnxruntime`.'
         )
     from pyiqa_clipkd.runtime import Runtime
 
-    runtime = Runtime(model, threads=threads or 1)
+    runtime = Runtime(model, threads=threads or 1, attributes=attributes)
     if runtime.description.input != SQUARES:
         raise ValueError(
             f'{runtime.path} takes whole photographs, for servers without Pillow: '

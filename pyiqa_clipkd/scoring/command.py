@@ -88,10 +88,13 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         metavar='K',
         help='also score K squares at full resolution, and take the mean',
     )
+    help_text = 'also say why: columns of five attributes, and faults in words'
+    add('--attributes', action='store_true', help=help_text)
     add('--device', choices=('auto', 'cpu', 'cuda', 'mps'), default='auto')
     add('--backend', choices=('auto', 'torch', 'onnx'), default='auto')
     add('--weights', type=Path, metavar='FILE', help="instead of the metric's own")
-    add('--input-size', type=_whole(1), metavar='PIXELS', help='torch only')
+    help_text = 'torch only; attributes are made for the own size'
+    add('--input-size', type=_whole(1), metavar='PIXELS', help=help_text)
     add(
         '--workers',
         type=_whole(1),
@@ -133,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         weights=arguments.weights,
         input_size=arguments.input_size,
+        attributes=arguments.attributes,
     )
     session = Session(backend, arguments)
     try:

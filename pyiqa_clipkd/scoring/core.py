@@ -6,14 +6,15 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pyiqa_clipkd.attributes.names import faults, named_attributes
 from pyiqa_clipkd.files import SHORT_HASH
 from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError, squares
 from pyiqa_clipkd.scale import level_of, to_100
-from pyiqa_clipkd.scoring.backends import Backend
+from pyiqa_clipkd.scoring.backends import Backend, Explaining, heads_of
 from pyiqa_clipkd.scoring.reading import (
     MEMORY,
     Allowance,
@@ -22,7 +23,18 @@ from pyiqa_clipkd.scoring.reading import (
     read_image,
     reason_of,
 )
-from pyiqa_clipkd.scoring.tables import PROBABILITY, Row, columns
+from pyiqa_clipkd.scoring.tables import (
+    FAULT_SEPARATOR,
+    FAULTS,
+    HEADS,
+    PROBABILITY,
+    Row,
+    columns,
+    is_number,
+)
+
+if TYPE_CHECKING:
+    from pyiqa_clipkd.runtime import Outputs
 
 # Digits after the point of what is written; scores are good for five.
 DIGITS = 6
@@ -96,7 +108,7 @@ def identity_of(backend: Backend, crops: int) -> Row:
         'sha256': backend.sha256[:SHORT_HASH],
         'crops': crops,
         'input_size': backend.input_size,
-    }
+    } | ({HEADS: heads[:SHORT_HASH]} if (heads := heads_of(backend)) else {})
 
 
 class _Prepared(NamedTuple):
@@ -127,9 +139,9 @@ class _Engine:
 
     def prepare(self, path: Path) -> _Prepared:
         start = time.perf_counter()
-        row: Row = dict.fromkeys(columns(self.backend.levels))
-        row |= self.common | {'path': str(path), 'level': '', 'format': ''}
-        row |= {'notes': '', 'error': ''}
+        names = columns(self.backend.levels, attributes=HEADS in self.common)
+        row: Row = {name: None if is_number(name) else '' for name in names}
+        row |= self.common | {'path': str(path)}
         pixels = None
         try:
             with self.memory.take(decoded_bytes(path)):
@@ -172,9 +184,8 @@ class _Engine:
         if not good:
             return
         views = [one.squares for one in good if one.squares is not None]
-        scores, probabilities = self.backend(
-            views[0] if len(views) == 1 else np.concatenate(views)
-        )
+        squares = views[0] if len(views) == 1 else np.concatenate(views)
+        scores, probabilities, attributes = self._run(squares)
         finite(scores)
         begin = 0
         for one, view in zip(good, views, strict=True):
@@ -185,6 +196,13 @@ class _Engine:
                 means = probabilities[own].mean(axis=0, dtype=np.float64).tolist()
                 for level, mean in zip(self.backend.levels, means, strict=True):
                     one.row[PROBABILITY + level] = round(mean, DIGITS)
+            if attributes is not None:
+                one.row.update(_why(attributes[own.start]))
+
+    def _run(self, squares: np.ndarray) -> Outputs:
+        if isinstance(self.backend, Explaining) and HEADS in self.common:
+            return self.backend.explain(squares)
+        return *self.backend(squares), None
 
 
 def finite(scores: np.ndarray) -> np.ndarray:
@@ -212,6 +230,13 @@ def _batches(
             batch, count = [], 0
     if batch:
         yield batch
+
+
+def _why(attributes: np.ndarray) -> dict[str, Any]:
+    """(5,) of the whole photograph, which is the first of its views."""
+    named = named_attributes(attributes)
+    values = {name: round(value, DIGITS - 2) for name, value in named.items()}
+    return {**values, FAULTS: FAULT_SEPARATOR.join(faults(values))}
 
 
 def _described(score: float, levels: Sequence[str]) -> dict[str, Any]:

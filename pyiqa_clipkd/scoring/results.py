@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.scoring.tables import (
     ENDINGS,
+    FAULTS,
     FIRST,
+    HEADS,
     LAST,
     PARQUET,
     TEXT_FORMATS,
+    WHY,
     Row,
     columns,
     is_number,
@@ -134,7 +137,9 @@ class RowFile:
             expected = header or b'{"path": '
             start = file.read(len(expected))
             if not expected.startswith(start):
-                raise ValueError(_other(self.path, self.names))
+                line = start + file.readline()
+                found = line.decode(errors='replace').strip().split(',')
+                raise ValueError(_other(self.path, self.names, found))
             if start != expected:
                 return 0
             file.seek(0)
@@ -162,7 +167,7 @@ class RowFile:
 
     def _take(self, row: Row) -> None:
         if [*row] != self.names:
-            raise ValueError(_other(self.path, self.names))
+            raise ValueError(_other(self.path, self.names, [*row]))
         found = {key: row[key] for key in self.identity}
         if found != self.identity:
             raise ValueError(
@@ -232,8 +237,13 @@ class Results(RowFile):
     Args:
         path: see `RowFile`.
         levels: the metric's words.
-        identity: `metric`, `sha256`, `crops`, `input_size` of the rows to come.
+        identity: `metric`, `sha256`, `crops`, `input_size` of the rows to come, and
+            `heads` where they have attributes.
+        attributes: whether they have.
         overwrite, retry: see `RowFile`.
+
+    Attributes:
+        faults: path -> faults of those that have any.
     """
 
     kind = 'scores'
@@ -244,16 +254,25 @@ class Results(RowFile):
         levels: Sequence[str],
         identity: Mapping[str, Any],
         *,
+        attributes: bool = False,
         overwrite: bool = False,
         retry: bool = False,
     ) -> None:
-        own = {key: identity[key] for key in IDENTITY}
-        super().__init__(path, columns(levels), own, overwrite=overwrite, retry=retry)
+        self.faults: dict[str, str] = {}
+        own = {key: identity[key] for key in (*IDENTITY, *([HEADS] * attributes))}
+        names = columns(levels, attributes=attributes)
+        super().__init__(path, names, own, overwrite=overwrite, retry=retry)
+
+    def _take(self, row: Row) -> None:
+        super()._take(row)
+        if row.get(FAULTS):
+            self.faults[self.key(row['path'])] = row[FAULTS]
 
     def words(self, identity: Mapping[str, Any]) -> str:
         return (
             f'{identity["metric"]} (weights {identity["sha256"]}, crops '
-            f'{identity["crops"]}, input size {identity["input_size"]})'
+            f'{identity["crops"]}, input size {identity["input_size"]}'
+            f'{", heads " + identity[HEADS] if HEADS in identity else ""})'
         )
 
 
@@ -267,7 +286,13 @@ def _read(path: Path, rows: Iterator[Any]) -> Iterator[Any]:
         raise ValueError(f'{path} is damaged or no result file ({error}).') from error
 
 
-def _other(path: Path, names: Sequence[str]) -> str:
+def _other(path: Path, names: Sequence[str], found: Sequence[str]) -> str:
+    if {*names} ^ {*found} == {*WHY}:
+        now, then = ('with', 'without') if HEADS in names else ('without', 'with')
+        return (
+            f'{path} was begun {then} --attributes, and this run is {now} them. Choose '
+            'another file, --overwrite it, or do as before.'
+        )
     return (
         f'{path} is no result file with the columns {", ".join(names)}. Choose another '
         'file, or --overwrite it.'

@@ -13,7 +13,7 @@ from typing import Any
 
 from pyiqa_clipkd.command import silence
 from pyiqa_clipkd.scale import level_of
-from pyiqa_clipkd.scoring.backends import Backend
+from pyiqa_clipkd.scoring.backends import Backend, heads_of
 from pyiqa_clipkd.scoring.core import default_workers, identity_of, score_paths
 from pyiqa_clipkd.scoring.files import (
     AHEAD,
@@ -31,7 +31,7 @@ from pyiqa_clipkd.scoring.selection import (
     Selection,
     grouping,
 )
-from pyiqa_clipkd.scoring.tables import TEXT_FORMATS, Row, columns
+from pyiqa_clipkd.scoring.tables import FAULTS, TEXT_FORMATS, Row, columns
 
 # Bad files that the summary names, where a results file has them all.
 NAMED = 5
@@ -94,7 +94,10 @@ class Session:
             self.tally.start = time.perf_counter()
             if self.arguments.format:
                 header = TEXT_FORMATS[f'.{self.arguments.format}'].header
-                self._write(header(columns(self.backend.levels)))
+                names = columns(
+                    self.backend.levels, attributes=bool(heads_of(self.backend))
+                )
+                self._write(header(names))
             for row in self._rows():
                 self._take(row)
             for row in self.selection.rest():
@@ -106,6 +109,7 @@ class Session:
             self.arguments.output,
             self.backend.levels,
             identity_of(self.backend, self.arguments.crops),
+            attributes=bool(heads_of(self.backend)),
             overwrite=self.arguments.overwrite,
             retry=self.arguments.retry,
         )
@@ -145,6 +149,7 @@ class Session:
             score = done[key]
             level = '' if score is None else level_of(score, self.backend.levels)
             row = {'path': str(path), 'score': score, 'level': level}
+            row[FAULTS] = self.results.faults.get(key, '')
             if score is None:
                 row['error'] = f'{self.results.errors[key]} (in an earlier run)'
                 self.tally.known_bad += 1
@@ -179,7 +184,8 @@ class Session:
             self._write(path + (b'\0' if self.arguments.null else b'\n'))
         else:
             words = f'{row["score"]:.3f}  {row["level"]:<7}  '
-            self._write(words.encode() + path + b'\n')
+            why = f'  ({row[FAULTS]})' if row.get(FAULTS) else ''
+            self._write(words.encode() + path + why.encode() + b'\n')
 
     def _write(self, line: bytes) -> None:
         try:

@@ -25,6 +25,10 @@ LAST = (
     *('metric', 'weights', 'sha256', 'backend', 'crops', 'input_size'),
     *('width', 'height', 'format', 'notes', 'seconds', 'error'),
 )
+# Only where attributes were asked for: these, words with FAULT_SEPARATOR between them,
+# and which heads they come from, as `sha256` says it of the weights.
+FAULTS, FAULT_SEPARATOR, HEADS = 'faults', '; ', 'heads'
+WHY = (*ATTRIBUTES, FAULTS, HEADS)
 LABEL_COLUMNS = (
     *('path', *ATTRIBUTES, *(RAW + attribute for attribute in ATTRIBUTES)),
     *('labeller', 'width', 'height', 'format', 'notes', 'error'),
@@ -36,9 +40,10 @@ INTEGERS = {'crops', 'input_size', 'width', 'height'}
 CHUNK = 20_000
 
 
-def columns(levels: Sequence[str]) -> list[str]:
+def columns(levels: Sequence[str], *, attributes: bool = False) -> list[str]:
     """The columns of a metric with these levels, in the order of the files."""
-    return [*FIRST, *(PROBABILITY + level for level in levels), *LAST]
+    probabilities = (PROBABILITY + level for level in levels)
+    return [*FIRST, *probabilities, *(WHY if attributes else ()), *LAST]
 
 
 def is_number(column: str) -> bool:

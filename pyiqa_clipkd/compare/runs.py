@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyiqa_clipkd.attributes.names import ATTRIBUTES, WORDS
 from pyiqa_clipkd.names import LEVELS
+from pyiqa_clipkd.scoring.tables import FAULT_SEPARATOR, FAULTS
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]
 
 # What makes the scores of two runs comparable: both must have the same.
-MAKERS = ('metric', 'weights', 'sha256', 'crops', 'input_size')
-_TEXTS = ('path', 'level', 'notes', 'error', 'backend', *MAKERS)
+MAKERS = ('metric', 'weights', 'sha256', 'crops', 'input_size', 'heads')
+_TEXTS = ('path', 'level', 'notes', 'error', 'backend', FAULTS, *MAKERS)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,25 @@ class Run:
         known = [n for n in names if self.rows[f'p_{n}'].notna().any()]
         return known or list(LEVELS)
 
+    @cached_property
+    def has_attributes(self) -> bool:
+        """Whether all photographs with a score have values of the five attributes."""
+        return set(ATTRIBUTES) <= set(self.rows) and bool(
+            self.scored[[*ATTRIBUTES]].notna().all(axis=None)
+        )
+
+    @cached_property
+    def attribute_means(self) -> dict[str, float]:
+        """Attribute -> mean of the photographs with a score; {} without attributes."""
+        names = ATTRIBUTES if self.has_attributes else ()
+        return {name: float(self.scored[name].mean()) for name in names}
+
+    @cached_property
+    def fault_counts(self) -> dict[str, int]:
+        """Fault -> how many photographs have it, all faults in their order."""
+        count = Counter(word for cell in self.rows[FAULTS] for word in faults_of(cell))
+        return {WORDS[name][0]: count[WORDS[name][0]] for name in ATTRIBUTES}
+
     def relative(self, path: str) -> str:
         """A path without the folder that all of them begin with."""
         path = os.path.normpath(path)
@@ -89,7 +111,8 @@ def make_run(name: str, rows: pd.DataFrame, folder: str | None = None) -> Run:
         )
         for column in _TEXTS
     }
-    rows = rows.assign(**texts, score=rows['score'].astype(float))
+    numbers = {c: rows[c].astype(float) for c in ('score', *ATTRIBUTES) if c in rows}
+    rows = rows.assign(**texts, **numbers)
     folder = _common_folder(rows['path']) if folder is None else folder
     return Run(name, rows, os.path.normpath(folder) if folder else '')
 
@@ -118,6 +141,11 @@ def made_differently(first: Run, second: Run) -> list[str]:
         if len({*first.values(maker), *second.values(maker)}) > 1:
             lines.append(f'{maker}: {both[0]} against {both[1]}')
     return lines
+
+
+def faults_of(cell: str) -> list[str]:
+    """The words in a cell of the column `faults`."""
+    return [word for word in cell.split(FAULT_SEPARATOR) if word]
 
 
 def _as_text(value: object) -> str:

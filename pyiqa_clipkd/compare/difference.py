@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pyiqa_clipkd.runs import Run
+from pyiqa_clipkd.compare.pairing import pair, scored_pairs
+from pyiqa_clipkd.compare.runs import Run
 
 FEWEST = 5  # with fewer photographs an interval says nothing
 RESAMPLES = 2000
+# For each of several intervals, so that at 95 % ten draws lie beyond either end; of
+# very many there are fewer, for time's sake.
+RESAMPLES_EACH, MOST_RESAMPLES = 400, 12_000
 # BCa corrects for skew, which no longer matters for the mean of so many, and takes
 # time that grows with the square.
 MOST_CORRECTED = 2000
@@ -20,6 +22,8 @@ MOST_CORRECTED = 2000
 
 class Difference(NamedTuple):
     """The mean of B's scores minus the mean of A's, in points of the 1-5 scale.
+
+    Of an attribute: of its values, in [-1, 1].
 
     `value`: the difference, above 0 where B is better; `low`, `high`: the ends of its
     bootstrap interval of level `confidence`; `paired`: whether it is the mean over
@@ -65,44 +69,6 @@ class Difference(NamedTuple):
         )
 
 
-def pair(first: Run, second: Run) -> np.ndarray:
-    """Which files of two runs belong together, bad ones included.
-
-    By path, by path below the run's own folder, that without its ending, file name, or
-    that without its ending: the first of these that pairs the most. What is there twice
-    on a side isn't paired.
-
-    Returns:
-        (N, 2) places in `first.rows` and in `second.rows`.
-    """
-    keys: list[Callable[[Run, str], str]] = [
-        lambda run, path: path,
-        lambda run, path: run.relative(path),
-        lambda run, path: os.path.splitext(run.relative(path))[0],
-        lambda run, path: os.path.basename(path),
-        lambda run, path: os.path.splitext(os.path.basename(path))[0],
-    ]
-    return max((_pair_by(key, first, second) for key in keys), key=len)
-
-
-def _pair_by(key: Callable[[Run, str], str], first: Run, second: Run) -> np.ndarray:
-    places = []
-    for run in (first, second):
-        words = [key(run, path) for path in run.rows['path']]
-        count = Counter(words)
-        places.append({w: i for i, w in enumerate(words) if count[w] == 1})
-    here, there = places
-    pairs = [(here[word], there[word]) for word in here if word in there]
-    return np.array(pairs, dtype=int).reshape(-1, 2)
-
-
-def scored_pairs(first: Run, second: Run, pairs: np.ndarray) -> np.ndarray:
-    """Those of the pairs, (N, 2), that have two scores, by B - A: (M, 2) places."""
-    change = _scores(second)[pairs[:, 1]] - _scores(first)[pairs[:, 0]]
-    order = np.argsort(change, kind='stable')  # what is missing comes last
-    return pairs[order[: np.isfinite(change).sum()]]
-
-
 def measure(
     first: Run,
     second: Run,
@@ -123,33 +89,95 @@ def measure(
         ValueError: if there are too few photographs.
     """
     for word, run in (('A', first), ('B', second)):
-        if len(run.scored) < FEWEST:
-            raise ValueError(
-                f'{word} ({run.name}) has {len(run.scored)} scored photographs; a '
-                f'comparison needs at least {FEWEST}.'
-            )
+        check_size(f'{word} ({run.name})', run)
     if pairs is None:
         pairs = scored_pairs(first, second, pair(first, second))
-    if len(pairs) >= max(FEWEST, min(len(first.scored), len(second.scored)) / 2):
-        a, b = _scores(first)[pairs[:, 0]], _scores(second)[pairs[:, 1]]
-        return of_pairs(a, b, confidence=confidence, seed=seed)
-    a, b = first.scored['score'].to_numpy(), second.scored['score'].to_numpy()
-    return of_groups(a, b, confidence=confidence, seed=seed)
+    both = samples((first, second), pairs)
+    return both.difference(confidence=confidence, seed=seed)
 
 
-def _scores(run: Run) -> np.ndarray:
-    """(N,) of all rows, NaN where there is none."""
-    return run.rows['score'].to_numpy(float)
+def check_size(name: str, run: Run) -> None:
+    """Raises a ValueError if a run has too few photographs for an interval."""
+    if len(run.scored) < FEWEST:
+        raise ValueError(
+            f'{name} has {len(run.scored)} scored photographs; a comparison needs at '
+            f'least {FEWEST}.'
+        )
+
+
+class Samples(NamedTuple):
+    """Values of A and of B, (N,) and (M,): N pairs if they are `paired`."""
+
+    first: np.ndarray
+    second: np.ndarray
+    paired: bool
+
+    def difference(
+        self, *, confidence: float = 0.95, seed: int = 0, comparisons: int = 1
+    ) -> Difference:
+        """B - A; see `of_pairs`."""
+        measured = of_pairs if self.paired else of_groups
+        return measured(
+            self.first,
+            self.second,
+            confidence=confidence,
+            seed=seed,
+            comparisons=comparisons,
+        )
+
+
+def samples(runs: tuple[Run, Run], pairs: np.ndarray, column: str = 'score') -> Samples:
+    """What is compared: the pairs, where half of the smaller run has one; or all.
+
+    Args:
+        runs: A and B.
+        pairs: (N, 2), of `scored_pairs`.
+        column: a number that each photograph with a score has.
+    """
+    if enough(len(pairs), runs):
+        a, b = (
+            run.rows[column].to_numpy(float)[places]
+            for run, places in zip(runs, pairs.T, strict=True)
+        )
+        return Samples(a, b, paired=True)
+    a, b = (run.scored[column].to_numpy(float) for run in runs)
+    return Samples(a, b, paired=False)
+
+
+def enough(count: int, runs: Sequence[Run]) -> bool:
+    """Whether so many photographs that all runs have can stand for them."""
+    return count >= max(FEWEST, min(len(run.scored) for run in runs) / 2)
 
 
 def of_pairs(
-    first: np.ndarray, second: np.ndarray, *, confidence: float = 0.95, seed: int = 0
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    comparisons: int = 1,
 ) -> Difference:
-    """The difference over N pairs: (N,) scores of A and (N,) of B."""
+    """The difference over N pairs.
+
+    Args:
+        first, second: (N,) values of A and of B.
+        confidence: level of the interval, in (0, 1); of all of `comparisons` together.
+        seed: of the draws.
+        comparisons: intervals that are looked at together. Each has the level
+            1 - (1 - confidence) / comparisons (Bonferroni), so that with probability
+            `confidence` none of them misses its truth.
+    """
     from scipy.stats import wilcoxon
 
     change = second - first
-    low, high = _interval([change], lambda x, axis: x.mean(axis), confidence, seed)
+    confidence = _level(confidence, comparisons)
+    low, high = _interval(
+        [change],
+        lambda x, axis: x.mean(axis),
+        confidence=confidence,
+        seed=seed,
+        resamples=_resamples(comparisons),
+    )
     return Difference(
         value=float(change.mean()),
         low=low,
@@ -164,20 +192,27 @@ def of_pairs(
 
 
 def of_groups(
-    first: np.ndarray, second: np.ndarray, *, confidence: float = 0.95, seed: int = 0
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    comparisons: int = 1,
 ) -> Difference:
-    """The difference of two groups: (N,) scores of A and (M,) of B."""
+    """The difference of two groups: (N,) values of A and (M,) of B; see `of_pairs`."""
     from scipy.stats import mannwhitneyu
 
     test = mannwhitneyu(second, first)
     # U counts a tie as one half; a sorted search counts wins and losses alone.
     order = np.sort(first)
     total = len(first) * len(second)
+    confidence = _level(confidence, comparisons)
     low, high = _interval(
         [first, second],
         lambda x, y, axis: y.mean(axis) - x.mean(axis),
-        confidence,
-        seed,
+        confidence=confidence,
+        seed=seed,
+        resamples=_resamples(comparisons),
     )
     return Difference(
         value=float(second.mean() - first.mean()),
@@ -192,11 +227,24 @@ def of_groups(
     )
 
 
+def _level(confidence: float, comparisons: int) -> float:
+    """Bonferroni; a single one stays to the last digit what it was."""
+    if comparisons == 1:
+        return confidence
+    return 1 - (1 - confidence) / comparisons
+
+
+def _resamples(comparisons: int) -> int:
+    return min(max(RESAMPLES, RESAMPLES_EACH * comparisons), MOST_RESAMPLES)
+
+
 def _interval(
     samples: Sequence[np.ndarray],
     statistic: Callable[..., np.ndarray],
+    *,
     confidence: float,
     seed: int,
+    resamples: int,
 ) -> tuple[float, float]:
     """A bootstrap interval of a statistic: BCa, or percentiles of many values."""
     from scipy.stats import bootstrap
@@ -210,7 +258,7 @@ def _interval(
         low, high = bootstrap(
             samples,
             statistic,
-            n_resamples=RESAMPLES,
+            n_resamples=resamples,
             batch=max(1, 10_000_000 // largest),
             confidence_level=confidence,
             method=method,

@@ -1,8 +1,10 @@
-"""Do two folders of photographs, or two runs, differ in quality, and how surely?
+"""Do folders of photographs, or runs, differ in quality, and how surely?
 
 For judging image generators or codec settings: A and B are folders, which are scored
 first, or result files of `pyiqa-clipkd score`. Photographs whose names match (below the
-folder, without the ending) are compared in pairs, which is far more certain.
+folder, without the ending) are compared in pairs, which is far more certain. Three or
+more are ranked, and each is compared with the next one. Where all have attributes, it
+is also said by which of them they differ.
 """
 
 from __future__ import annotations
@@ -17,10 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from pyiqa_clipkd.difference import Difference, measure, pair, scored_pairs
-from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.compare import attributes as why
+from pyiqa_clipkd.compare import leaderboard_text
+from pyiqa_clipkd.compare.attributes import (
+    Differences,
+    attribute_differences,
+    listed,
+)
+from pyiqa_clipkd.compare.difference import Difference, measure
+from pyiqa_clipkd.compare.folders import read_or_score
+from pyiqa_clipkd.compare.leaderboard import distinct_names, rank
+from pyiqa_clipkd.compare.pairing import pair, scored_pairs
+from pyiqa_clipkd.compare.plot import plot
+from pyiqa_clipkd.compare.runs import Run, made_differently
 from pyiqa_clipkd.names import DEFAULT_METRIC
-from pyiqa_clipkd.runs import Run, made_differently, make_run, read_run
 
 PLOT_ENDINGS = ('.png', '.svg', '.pdf')
 LISTED = 5  # photographs that lost or won most
@@ -33,12 +45,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('a', type=Path, metavar='A', help='a folder or a result file')
     add('b', type=Path, metavar='B', help='a folder or a result file')
     add(
+        'more', nargs='*', type=Path, metavar='C', help='more of them, to rank them all'
+    )
+    add(
         '-m',
         '--metric',
         help=f"for folders; default: the other result file's, or {DEFAULT_METRIC}",
     )
     add('--backend', choices=('auto', 'torch', 'onnx'), help='for folders')
     add('--device', default='auto', help='for folders: auto, cpu, cuda or mps')
+    help_text = 'score folders with their attributes, and compare these, too'
+    add('--attributes', action='store_true', help=help_text)
     add('--confidence', type=float, default=0.95, help='of the interval; default: 0.95')
     add('--seed', type=int, default=0, help='of the bootstrap; default: 0')
     add('--plot', type=Path, metavar='FILE', help='also a plot: .png, .svg or .pdf')
@@ -47,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare A and B and print the difference.
+    """Compare A and B and print the difference; or rank three and more.
 
     Raises:
         ValueError: if an argument is wrong, there are too few photographs, or the
@@ -56,27 +73,58 @@ def run(arguments: argparse.Namespace) -> int:
         ModuleNotFoundError: if a plot is wanted, and matplotlib is missing.
     """
     _check(arguments)
-    first, second = _runs(arguments)
-    if lines := made_differently(first, second):
-        text = 'A and B were scored differently: ' + '; '.join(lines) + '.'
-        if not arguments.force:
-            raise ValueError(f'{text} Score them alike, or add --force.')
-        print(f'Warning: {text}', file=sys.stderr)
+    paths = [arguments.a, arguments.b, *arguments.more]
+    runs = read_or_score(paths, arguments)
+    names = ['A', 'B'] if len(runs) == 2 else distinct_names(runs, paths)
+    _check_alike(names, runs, force=arguments.force)
+    if len(runs) > 2:
+        _rank(names, runs, arguments)
+    else:
+        _compare(runs[0], runs[1], arguments)
+    return 0
+
+
+def _compare(first: Run, second: Run, arguments: argparse.Namespace) -> None:
+    options = {'confidence': arguments.confidence, 'seed': arguments.seed}
     pairs = scored_pairs(first, second, pair(first, second))
-    difference = measure(
-        first,
-        second,
-        pairs=pairs,
+    difference = measure(first, second, pairs=pairs, **options)
+    attributes = attribute_differences((first, second), pairs, **options)
+    if arguments.json:
+        found = as_dict(first, second, difference, pairs, attributes)
+        print(json.dumps(found, indent=2))
+    else:
+        print(as_text(first, second, difference, pairs, attributes))
+    if arguments.plot:
+        plot(first, second, difference, pairs, path=arguments.plot)
+
+
+def _rank(
+    names: Sequence[str], runs: Sequence[Run], arguments: argparse.Namespace
+) -> None:
+    board = rank(
+        dict(zip(names, runs, strict=True)),
         confidence=arguments.confidence,
         seed=arguments.seed,
     )
     if arguments.json:
-        print(json.dumps(as_dict(first, second, difference, pairs), indent=2))
+        print(json.dumps(leaderboard_text.as_dict(board), indent=2))
     else:
-        print(as_text(first, second, difference, pairs))
-    if arguments.plot:
-        plot(first, second, difference, pairs, path=arguments.plot)
-    return 0
+        print(leaderboard_text.as_text(board))
+
+
+def _check_alike(names: Sequence[str], runs: Sequence[Run], *, force: bool) -> None:
+    """Whether the scores of all runs were made in the same way, as the first's were."""
+    for name, run in zip(names[1:], runs[1:], strict=True):
+        if lines := made_differently(runs[0], run):
+            both = f'{names[0]} and {name}'
+            text = f'{both} were scored differently: {"; ".join(lines)}.'
+            if not force:
+                raise ValueError(f'{text} Score them alike, or add --force.')
+            print(f'Warning: {text}', file=sys.stderr)
+    without = [n for n, r in zip(names, runs, strict=True) if not r.has_attributes]
+    if 0 < len(without) < len(runs):
+        text = f'Attributes are not compared: they are missing in {listed(without)}.'
+        print(f'{text} Score again with --attributes.', file=sys.stderr)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -85,11 +133,17 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f'`--confidence` must be between 0 and 1, but got {arguments.confidence}.'
         )
-    for path in (arguments.a, arguments.b):
+    paths = [arguments.a, arguments.b, *arguments.more]
+    for path in paths:
         if not path.exists():
             raise FileNotFoundError(f'There is no file or folder {path}.')
+        if arguments.more and [p.resolve() for p in paths].count(path.resolve()) > 1:
+            raise ValueError(f'{path} is there twice: a ranking needs different runs.')
     if arguments.plot is None:
         return
+    if arguments.more:
+        count = 2 + len(arguments.more)
+        raise ValueError(f'`--plot` shows two runs, but got {count}.')
     if arguments.plot.suffix not in PLOT_ENDINGS:
         raise ValueError(
             f'`--plot` must end in {", ".join(PLOT_ENDINGS)}, but got {arguments.plot}.'
@@ -102,66 +156,30 @@ def _check(arguments: argparse.Namespace) -> None:
         )
 
 
-def _runs(arguments: argparse.Namespace) -> list[Run]:
-    """A and B; folders are scored as the result file beside them was."""
-    paths = [arguments.a, arguments.b]
-    known = {path: read_run(path) for path in paths if not path.is_dir()}
-    if len(known) < len(set(paths)):
-        other = next(iter(known.values()), None)
-        folders = dict.fromkeys(path for path in paths if path not in known)
-        known |= _score_folders([*folders], other, arguments)
-    return [known[path] for path in paths]
-
-
-def _score_folders(
-    folders: Sequence[Path], other: Run | None, arguments: argparse.Namespace
-) -> dict[Path, Run]:
-    """Score folders, with the metric and options of another run if there is one."""
-    from pyiqa_clipkd.scoring.pillow import prepare_pillow
-
-    prepare_pillow()
-    import pandas as pd  # type: ignore[import-untyped]
-
-    from pyiqa_clipkd.scoring.backends import create_backend
-    from pyiqa_clipkd.scoring.core import score_paths
-    from pyiqa_clipkd.scoring.files import find_photographs
-
-    def chosen(name: str, default: str) -> str:
-        return next(iter(other.values(name)), default) if other else default
-
-    backend = create_backend(
-        arguments.metric or chosen('metric', DEFAULT_METRIC),
-        kind=arguments.backend or chosen('backend', 'auto'),
-        device=arguments.device,
-    )
-    crops = int(chosen('crops', '0'))
-    runs = {}
-    for folder in folders:
-        print(f'Scoring {folder} with {backend.metric}.', file=sys.stderr, flush=True)
-        rows = list(score_paths(find_photographs([str(folder)]), backend, crops=crops))
-        if not rows:
-            raise ValueError(f'There are no photographs in {folder}.')
-        table = pd.DataFrame(rows, dtype=object)
-        runs[folder] = make_run(str(folder), table, str(folder))
-    return runs
-
-
 def as_dict(
-    first: Run, second: Run, difference: Difference, pairs: np.ndarray
+    first: Run,
+    second: Run,
+    difference: Difference,
+    pairs: np.ndarray,
+    attributes: Differences | None = None,
 ) -> dict[str, Any]:
     """All figures, for programs."""
-    return {
+    found = {
         'a': _run_as_dict(first),
         'b': _run_as_dict(second),
         'pairs': len(pairs),
         'difference': {**difference._asdict(), 'test': difference.test},
         'summary': difference.sentence(),
     }
+    if attributes:
+        found['attributes'] = why.as_dict(attributes)
+        found['attributes_summary'] = why.sentence(attributes)
+    return found
 
 
 def _run_as_dict(run: Run) -> dict[str, Any]:
     scores = run.scored['score']
-    return {
+    found = {
         'name': run.name,
         'metric': run.values('metric'),
         'sha256': run.values('sha256'),
@@ -170,9 +188,18 @@ def _run_as_dict(run: Run) -> dict[str, Any]:
         'mean': float(scores.mean()),
         'median': float(scores.median()),
     }
+    if run.has_attributes:
+        found['attributes'] = run.attribute_means
+    return found
 
 
-def as_text(first: Run, second: Run, difference: Difference, pairs: np.ndarray) -> str:
+def as_text(
+    first: Run,
+    second: Run,
+    difference: Difference,
+    pairs: np.ndarray,
+    attributes: Differences | None = None,
+) -> str:
     """All figures, for people; the last line says what they mean."""
     d = difference
     lines = [_line(letter, run) for letter, run in (('A', first), ('B', second))]
@@ -195,6 +222,8 @@ def as_text(first: Run, second: Run, difference: Difference, pairs: np.ndarray) 
     if d.paired:
         lines += _moves('Lost most', second, first, pairs)
         lines += _moves('Won most', second, first, pairs[::-1])
+    if attributes:
+        lines += ['', *why.as_lines(attributes, (first, second))]
     return '\n'.join([*lines, '', d.sentence()])
 
 
@@ -214,58 +243,3 @@ def _moves(title: str, run: Run, before: Run, pairs: np.ndarray) -> Sequence[str
         name = run.relative(run.rows['path'][new])
         lines.append(f'  {b - a:+.2f}   {a:.2f} -> {b:.2f}   {name}')
     return ['', f'{title} in B:', *lines] if lines else []
-
-
-def plot(
-    first: Run,
-    second: Run,
-    difference: Difference,
-    pairs: np.ndarray,
-    *,
-    path: Path,
-) -> None:
-    """Histograms of both runs, and of the differences where they are paired.
-
-    Args:
-        first, second: A and B.
-        difference: from `difference.measure`.
-        pairs: (N, 2) places in their rows.
-        path: where to; its ending chooses the format.
-    """
-    import matplotlib as mpl
-
-    mpl.use('Agg')
-    import matplotlib.pyplot as plt
-
-    panels = 2 if difference.paired else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.6), squeeze=False)
-    for run, letter, colour in ((first, 'A', 'C0'), (second, 'B', 'C1')):
-        scores = run.scored['score']
-        label = f'{letter}: {run.name}, mean {scores.mean():.2f}'
-        axes[0, 0].hist(
-            scores, np.linspace(1, 5, 33), color=colour, alpha=0.5, label=label
-        )
-    axes[0, 0].set(xlabel='score (higher is better)', ylabel='photographs')
-    axes[0, 0].legend(fontsize='small', frameon=False)
-    if difference.paired:
-        _plot_changes(axes[0, 1], first, second, difference, pairs)
-    figure.tight_layout()
-    with written_whole(path) as partial:
-        figure.savefig(partial, format=path.suffix[1:], dpi=150)
-    plt.close(figure)
-
-
-def _plot_changes(
-    axes: Any, first: Run, second: Run, difference: Difference, pairs: np.ndarray
-) -> None:
-    scores = [run.rows['score'].to_numpy() for run in (first, second)]
-    axes.hist(
-        scores[1][pairs[:, 1]] - scores[0][pairs[:, 0]], 41, color='C2', alpha=0.6
-    )
-    axes.axvline(0, color='0.3', linewidth=1)
-    axes.axvspan(difference.low, difference.high, color='0.2', alpha=0.3)
-    axes.axvline(difference.value, color='0.2', linestyle='--')
-    title = (
-        f'mean {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]'
-    )
-    axes.set(xlabel='B - A', ylabel='pairs', title=title)

@@ -1,0 +1,1 @@
+"""Comparing runs: whether they differ, by how much, and in what."""
