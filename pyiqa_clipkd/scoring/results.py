@@ -137,8 +137,8 @@ class RowFile:
             expected = header or b'{"path": '
             start = file.read(len(expected))
             if not expected.startswith(start):
-                line = start + file.readline()
-                found = line.decode(errors='replace').strip().split(',')
+                line, *_ = (start + file.readline()).splitlines() or [b'']
+                found = line.decode(errors='replace').split(',')
                 raise ValueError(_other(self.path, self.names, found))
             if start != expected:
                 return 0
