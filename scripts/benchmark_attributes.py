@@ -3,8 +3,9 @@
     python scripts/benchmark_attributes.py --images photos -o results.json
 
 Each photograph is read and scored by both, one right after the other and by turns
-first, in one thread. What counts are seconds of processor time, which other work on the machine
-moves less than the clock: the sum over the photographs, and the median of their ratios.
+first, in one thread. What counts are seconds of processor time, which other work on the
+machine moves less than the clock: the sum over the photographs, and the median of their
+ratios.
 """
 
 from __future__ import annotations
