@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,8 +119,16 @@ def card(model: Model) -> str:
     if model.file is not None and model.damage is None:
         rows['SHA-256'] = file_hash(model.file)
         rows |= read_metadata(model.file).get('card', {})
-    lines = [f'| {key} | {value} |' for key, value in rows.items()]
-    return '\n'.join([f'# {model.name}', '', '| | |', '|---|---|', *lines]) + '\n'
+    return card_text(model.name, rows)
+
+
+def card_text(title: str, rows: Mapping[str, Any]) -> str:
+    """A card in Markdown: a title, and a table of two columns."""
+    lines = [f'# {title}', '', '| | |', '|---|---|']
+    for key, value in rows.items():
+        text = ' '.join(str(value).replace('|', r'\|').split())
+        lines.append(f'| {key} | {text} |')
+    return '\n'.join(lines) + '\n'
 
 
 def _existing(path: Path) -> Path | None:

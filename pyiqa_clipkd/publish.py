@@ -16,6 +16,7 @@ from pyiqa_clipkd import __version__
 from pyiqa_clipkd.encoders import PRESETS
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.head import LikertHead
+from pyiqa_clipkd.models import card_text
 from pyiqa_clipkd.names import PREFIX, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, load_network
 from pyiqa_clipkd.preprocessing import CLIP_MEAN, CLIP_STD
@@ -138,11 +139,7 @@ def model_card(
         **metadata['card'],
         **(measured or {}),
     }
-    lines = [f'# {metadata["name"]}', '', '| | |', '|---|---|']
-    for key, value in rows.items():
-        text = ' '.join(str(value).replace('|', r'\|').split())
-        lines.append(f'| {key} | {text} |')
-    return '\n'.join(lines) + '\n'
+    return card_text(metadata['name'], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

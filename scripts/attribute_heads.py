@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyiqa_clipkd.attributes.changes import LEVELS, change
+from pyiqa_clipkd.attributes.changes import change, random_level
 from pyiqa_clipkd.attributes.measures import at_scale
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.attributes.ranks import MeasureLabeller
@@ -44,6 +44,7 @@ from pyiqa_clipkd.files import SHORT_HASH, file_hash
 from pyiqa_clipkd.images import read_photograph, squares
 from pyiqa_clipkd.locations import BUNDLED_FOLDER, attributes_file
 from pyiqa_clipkd.metric import CLIPKDMetric
+from pyiqa_clipkd.models import card_text
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX
 from pyiqa_clipkd.network import QualityNetwork
 
@@ -85,8 +86,8 @@ def copies(path: Path, seed: int, *, size: int) -> tuple[np.ndarray, np.ndarray]
     for changed in (*((attribute,) for attribute in ATTRIBUTES), both):
         copy = original
         for attribute in changed:
-            level = draw.uniform(LEVELS[attribute][0], LEVELS[attribute][-1])
-            copy = change(copy, attribute, float(level), int(draw.integers(2**32)))
+            level = random_level(attribute, draw)
+            copy = change(copy, attribute, level, int(draw.integers(2**32)))
         own = [attribute in changed for attribute in ATTRIBUTES]
         labels.append(np.where(own, _row(label(copy)), labels[0]))
         pixels.append(_square(copy, size))
@@ -222,10 +223,9 @@ def write_card(
         'noise, and brightness and contrast know no "too much"',
         'Made by': results['command'],
     }
-    lines = [f'# Attributes of {weights.stem}', '', '| | |', '|---|---|']
-    lines += [f'| {key} | {value} |' for key, value in rows.items()]
     path = heads.with_suffix('.md')
-    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    text = card_text(f'Attributes of {weights.stem}', rows)
+    path.write_text(text, encoding='utf-8')
     return path
 
 

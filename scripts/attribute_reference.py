@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from pyiqa_clipkd.attributes.changes import LEVELS, change
+from pyiqa_clipkd.attributes.changes import change, random_level
 from pyiqa_clipkd.attributes.measures import VERSION, at_scale, measure
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.attributes.ranks import QUANTILES, REFERENCE, goodness
@@ -44,7 +44,7 @@ def main() -> None:
         image = at_scale(read_photograph(args.images / name).image)
         for attribute, found in measure(image).items():
             values[attribute].append(goodness(attribute, found))
-            level = float(rng.uniform(LEVELS[attribute][0], LEVELS[attribute][-1]))
+            level = random_level(attribute, rng)
             changed = measure(change(image, attribute, level, number))[attribute]
             values[attribute].append(goodness(attribute, changed))
     shares = np.linspace(0, 1, QUANTILES)

@@ -37,7 +37,7 @@ from release import run
 from tqdm import tqdm
 
 from pyiqa_clipkd import pipeline
-from pyiqa_clipkd.attributes.changes import LEVELS, change
+from pyiqa_clipkd.attributes.changes import change, random_level
 from pyiqa_clipkd.attributes.labels import Labels
 from pyiqa_clipkd.attributes.measures import at_scale
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
@@ -95,8 +95,7 @@ def random_change(image: Image.Image, seed: int) -> Image.Image:
     """A copy in which one attribute, drawn at random, is another."""
     rng = np.random.default_rng([SEED, seed])
     attribute = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
-    level = rng.uniform(LEVELS[attribute][0], LEVELS[attribute][-1])
-    return change(image, attribute, float(level), seed)
+    return change(image, attribute, random_level(attribute, rng), seed)
 
 
 def labelled(path: Path, image: Image.Image, labeller: MeasureLabeller) -> Row:

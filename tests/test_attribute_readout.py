@@ -270,9 +270,8 @@ def test_a_file_has_them_in_all_rows_or_in_none(
     def write(why: bool) -> None:
         row = next(score_paths([tmp_path / 'a.png'], backends[why]))
         identity = identity_of(backends[why], 0)
-        with Results(
-            *(tmp_path / f'r.{ending}', backends[why].levels, identity), attributes=why
-        ) as file:
+        path = tmp_path / f'r.{ending}'
+        with Results(path, backends[why].levels, identity) as file:
             file.add(row)
 
     write(first)

@@ -106,6 +106,12 @@ def change(
     return _CHANGES[attribute](image, level)
 
 
+def random_level(attribute: str, rng: np.random.Generator) -> float:
+    """A level of `change`, drawn evenly from the lowest to the highest."""
+    lowest, *_, highest = LEVELS[attribute]
+    return float(rng.uniform(lowest, highest))
+
+
 def order_agreement(values: Sequence[float]) -> float:
     """How well values along a series keep its order.
 

@@ -175,10 +175,11 @@ def find_readout(weights: Path) -> AttributeReadout | None:
     if not path.is_file():
         return None
     stored = read_weights(path)
-    if stored.metadata.get('belongs_to') != file_hash(weights):
+    digest = file_hash(weights)
+    if stored.metadata.get('belongs_to') != digest:
         logger.warning(
             f'{path} belongs to other weights than {weights.name} (SHA-256 '
-            f'{file_hash(weights)[:SHORT_HASH]}): there are no attributes.'
+            f'{digest[:SHORT_HASH]}): there are no attributes.'
         )
         return None
     try:

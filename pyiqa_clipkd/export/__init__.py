@@ -49,7 +49,8 @@ class _Source(NamedTuple):
     weights: Path | None
 
     def describe(self, form: str, precision: str, attributes: bool) -> Description:
-        """
+        """What the exported model says of itself.
+
         Raises:
             ValueError: if attributes are wanted, but the network has no heads for them.
         """

@@ -239,7 +239,6 @@ class Results(RowFile):
         levels: the metric's words.
         identity: `metric`, `sha256`, `crops`, `input_size` of the rows to come, and
             `heads` where they have attributes.
-        attributes: whether they have.
         overwrite, retry: see `RowFile`.
 
     Attributes:
@@ -254,13 +253,14 @@ class Results(RowFile):
         levels: Sequence[str],
         identity: Mapping[str, Any],
         *,
-        attributes: bool = False,
         overwrite: bool = False,
         retry: bool = False,
     ) -> None:
         self.faults: dict[str, str] = {}
-        own = {key: identity[key] for key in (*IDENTITY, *([HEADS] * attributes))}
-        names = columns(levels, attributes=attributes)
+        own = {key: identity[key] for key in IDENTITY}
+        if HEADS in identity:
+            own[HEADS] = identity[HEADS]
+        names = columns(levels, attributes=HEADS in own)
         super().__init__(path, names, own, overwrite=overwrite, retry=retry)
 
     def _take(self, row: Row) -> None:

@@ -109,7 +109,6 @@ class Session:
             self.arguments.output,
             self.backend.levels,
             identity_of(self.backend, self.arguments.crops),
-            attributes=bool(heads_of(self.backend)),
             overwrite=self.arguments.overwrite,
             retry=self.arguments.retry,
         )
