@@ -94,7 +94,7 @@ class DegradationRankingLoss(nn.Module):
         """
         draw = np.random.default_rng(seed)
         chosen = img[: max(1, round(self.share * len(img)))]
-        moved = [self._moved(one, draw) for one in chosen]
+        moved = [self.moved(one, draw) for one in chosen]
         n = len(chosen)
         kinds = [list(DISTORTIONS)[k] for k in draw.integers(len(DISTORTIONS), size=n)]
         levels = np.sort(draw.uniform(MILDEST, LEVELS, (n, 2)))
@@ -108,7 +108,7 @@ class DegradationRankingLoss(nn.Module):
         images = torch.cat([torch.stack(moved), torch.stack(damaged).to(img)])
         return RankingViews(images, torch.tensor(levels).to(img))
 
-    def _moved(self, img: Tensor, draw: np.random.Generator) -> Tensor:
+    def moved(self, img: Tensor, draw: np.random.Generator) -> Tensor:
         """Mirrored half of the times, zoomed, and moved; the border is repeated."""
         if draw.random() < 0.5:
             img = img.flip(-1)

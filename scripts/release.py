@@ -161,9 +161,15 @@ class Release:
     def checkpoint(self, training: Training) -> Path:
         return self.experiment(training) / 'models' / 'net_best.pth'
 
-    def of(self, name: str, split: Split, key: str = 'training') -> Training:
+    def of(self, name: str, split: Split) -> Training:
         """The training that a metric, or the teacher, comes from."""
-        return Training(self.settings(name)[key], split)
+        return Training(self.settings(name)['training'], split)
+
+    def parts(self, name: str, split: Split) -> dict[Training, float]:
+        """All that its weights are the mean of, with the share of each."""
+        parts = {self.settings(name)['training']: 1.0}
+        parts = self.settings(name).get('average', parts)
+        return {Training(file, split): share for file, share in parts.items()}
 
     def settings(self, name: str) -> dict[str, Any]:
         """What the plan says of a metric, or of the teacher."""
@@ -178,11 +184,10 @@ class Release:
     def trainings(self) -> list[Training]:
         """All that the metrics and the teacher need: split by split, as in the plan."""
         wanted = [
-            self.of(name, split, key)
+            training
             for name in [TEACHER, *self.metrics]
             for split in self.splits(name)
-            for key in ('training', 'average_with')
-            if key in self.settings(name)
+            for training in self.parts(name, split)
         ]
         files = self.plan['trainings']
         if missing := sorted({training.file for training in wanted} - set(files)):
@@ -203,15 +208,13 @@ class Release:
 
     def source(self, name: str, split: Split) -> Path:
         """The checkpoint that a metric is published from."""
-        settings = self.metrics[name]
         own = self.checkpoint(self.of(name, split))
-        if 'average_with' not in settings:
+        parts = self.parts(name, split)
+        if len(parts) == 1:
             return own
-        share = settings['share']
-        other = self.checkpoint(self.of(name, split, 'average_with'))
-        mean: dict[str, Any] = average({other: 1 - share, own: share})
-        config = read_weights(own).metadata['config']
-        mean[CONFIG_KEY] = encode_config(config)
+        files = {self.checkpoint(training): share for training, share in parts.items()}
+        mean: dict[str, Any] = average(files)
+        mean[CONFIG_KEY] = encode_config(read_weights(own).metadata['config'])
         path = Path('experiments', f'{name}_{split_word(split)}_average.pth')
         with written_whole(path) as unfinished:
             torch.save({'params': mean}, unfinished)
@@ -245,10 +248,28 @@ class Release:
         in_order(tasks, self.args.jobs, lambda training: self.before(training)[:-1])
 
     def _train(self, training: Training) -> None:
+        script = self.options(training).get('script', 'train.py')
+        words = ['--auto_resume']
+        if script != 'train.py':
+            words = ['--store', self.store(training.split)]
         file = self.args.configs / training.file
-        changes = ['--force_yml', *self.overrides(training)]
-        command = ['train.py', '-opt', file, '--auto_resume', *changes]
+        command = [script, '-opt', file, *words]
+        command += ['--force_yml', *self.overrides(training)]
         self._run(command, self.experiment(training).name)
+
+    def store(self, split: Split) -> Path:
+        """The photographs as arrays, for trainings in a GPU's memory."""
+        column = self.column(split)
+        folder = Path('datasets', f'resident_{column}')
+        if not (folder / 'names.csv').is_file():
+            where = ['--images', self.args.images, '--column', column, '-o', folder]
+            command = ['photograph_store.py', self.args.csv, *where, '--chains', 2]
+            self._run(command, folder.name)
+        return folder
+
+    def column(self, split: Split) -> str:
+        """Of the table. Another word than a number is a column itself."""
+        return split_column(split) if isinstance(split, int) else split
 
     def _run(self, command: list[Any], log: str) -> None:
         """What runs beside others prints to `experiments/LOG.log`."""
@@ -268,11 +289,10 @@ class Release:
         """The weight file of a metric, with what is known before any measurement."""
         settings = self.metrics[name]
         made_by = ', '.join(t.file for t in self.before(self.of(name, split)))
-        if 'average_with' in settings:
-            made_by += (
-                f'; {settings["share"]:.0%} of these weights and the rest of those of '
-                f'{settings["average_with"]}'
-            )
+        parts = self.parts(name, split)
+        if len(parts) > 1:
+            shares = (f'{share:.0%} of {t.file}' for t, share in parts.items())
+            made_by += f'; the mean of weights: {", ".join(shares)}'
         card = {**self.plan['card'], **settings.get('card', {})}
         publish(
             self.source(name, split),
@@ -296,8 +316,7 @@ class Release:
     def measure(self, name: str, split: Split, what: str) -> dict[str, Any]:
         """What evaluate.py (`scores`) or robustness.py say of a weight file."""
         args, weights = self.args, self.file(name, split)
-        # Another word than a number is a column itself.
-        column = split_column(split) if isinstance(split, int) else split
+        column = self.column(split)
         first = split == self.first
         words = [name] if first else [name, column]
         path = args.results / ('.'.join([*words, what]) + '.json')
@@ -365,9 +384,11 @@ class Release:
     def before(self, training: Training) -> list[Training]:
         """What a training needs, itself last."""
         options = self.options(training)
+        teacher = options.get('teacher') or {}
         needed = [
             options['path'].get('pretrain_network'),
-            (options.get('teacher') or {}).get('weights'),
+            teacher.get('weights'),
+            *teacher.get('score_with', ()),
         ]
         paths = [Path(with_split(path, training.split)) for path in needed if path]
         found: list[Training] = []

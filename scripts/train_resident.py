@@ -1,0 +1,324 @@
+"""Training with all photographs, and damaged copies of them, in a GPU's memory.
+
+Reading files sets the pace of a small network on a fast GPU. Here nothing is read:
+crops, mirrors, zooms and mixtures are cut from what `photograph_store.py` wrote. The
+loss is that of the paper with what the training model adds in the host's loop (hints,
+ranking of damaged copies), plus the distance to the teachers' mean score. Several
+option files are trained one after the other; an example is configs/release/teacher.yml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from resident_views import Batch, Phase, Store, Views, resized
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+from pyiqa_clipkd.encoders import open_gates
+from pyiqa_clipkd.engine import TrainingEngine
+from pyiqa_clipkd.experiment import recorded_commit
+from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.head import QualityOutput
+from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
+from pyiqa_clipkd.loss import CosineSoftHardLoss
+from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
+from pyiqa_clipkd.options import load_options, with_split
+from pyiqa_clipkd.ranking import DegradationRankingLoss
+from pyiqa_clipkd.weights import read_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE = ('mixed_precision', 'clip_grad_norm', 'ema_decay', 'channels_last')
+STEPS_TO_TIME = 6
+LOOKS = 4  # at the held-out side, in a training
+
+
+class Training:
+    """One option file.
+
+    Args:
+        options: the whole file.
+        store: the photographs.
+        device: to train on.
+    """
+
+    def __init__(
+        self, options: dict[str, Any], store: Store, device: torch.device
+    ) -> None:
+        self.options, self.store, self.device = options, store, device
+        self.train: dict[str, Any] = options['train']
+        torch.manual_seed(options['manual_seed'])
+        split = options['datasets']['train']['split_index']
+        teacher = options.get('teacher') or {}
+        files = [teacher['weights'], *teacher.get('score_with', ())] if teacher else []
+        self.teachers = [
+            load_network(with_split(file, split))
+            .to(device)
+            .to(memory_format=torch.channels_last)
+            .requires_grad_(False)
+            for file in files
+        ]
+        self.net = self._network(with_split_of(options, split)).to(device)
+        self.phases = [Phase(**phase) for phase in self.train['phases']]
+        ranking = dict(self.train['ranking_loss_opt'])
+        ranking.pop('type')
+        self.ranking = DegradationRankingLoss(**ranking)
+        distillation = dict(self.train.get('distillation_loss_opt') or {})
+        distillation.pop('type', None)
+        self.distillation = CosineSoftHardLoss(**distillation)
+        self.input_size = int(options['network']['input_size'])
+
+    def _network(self, path: str | None) -> Any:
+        network = dict(self.options['network'])
+        net: Any = build_from_config(network)
+        if path:
+            tensors = dict(read_weights(path).tensors)
+            open_gates(net)
+            mine = net.state_dict()
+            fitting = {k: v for k, v in tensors.items() if k in mine}
+            net.load_state_dict(fitting, strict=False)
+        if self.teachers:
+            net.adopt_head(self.teachers[0])
+        return net
+
+    def run(self, seconds: float | None) -> dict[str, Any]:
+        """Train; returns the record.
+
+        Raises:
+            RuntimeError: if a loss isn't finite any more.
+        """
+        start = time.time()
+        steps = self._steps(seconds)
+        self.engine = TrainingEngine(self._engine_options(), self.device)
+        self.engine.prepare(self.net)
+        step = Step(self, self.engine, self.net)
+        total = sum(steps)
+        self.engine.start(step.optimizer, total)
+        views = self._views()
+        phases = [p for p, n in zip(self.phases, steps, strict=True) for _ in range(n)]
+        history = []
+        for iteration, phase in enumerate(phases, 1):
+            losses = step(views.batch(phase), phase, iteration)
+            if iteration % max(1, total // LOOKS) == 0 or iteration == total:
+                history.append({'iteration': iteration, **self._look(losses)})
+                print(self.options['name'], json.dumps(history[-1]), flush=True)
+        cuda = self.device.type == 'cuda'
+        return {
+            'name': self.options['name'],
+            'seconds': round(time.time() - start),
+            'steps': steps,
+            'device': torch.cuda.get_device_name() if cuda else 'cpu',
+            'torch': torch.__version__,
+            'history': history,
+            'options': self.options,
+        }
+
+    def _engine_options(self) -> dict[str, Any]:
+        return {key: self.train.get(key) for key in ENGINE}
+
+    def _look(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """The losses of a batch, and figures of the held-out side."""
+        values = {key: float(value.detach()) for key, value in losses.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise RuntimeError(
+                f'{self.options["name"]}: the losses are {values}. Lower the learning '
+                'rate, or train without `mixed_precision`.'
+            )
+        return values | self.validate(self.engine.evaluated(self.net))
+
+    def _views(self) -> Views:
+        scale = self.input_size / self.store.side
+        return Views(self.store, self.ranking, scale, self.options['manual_seed'])
+
+    def _steps(self, seconds: float | None) -> list[int]:
+        """Of each phase: those of the file, or as many as take `seconds`."""
+        if seconds is None:
+            return [int(steps) for steps in self.train['steps']]
+        start = time.time()
+        times = [self._seconds_a_step(phase) for phase in self.phases]
+        left = seconds - (time.time() - start)
+        return [
+            max(1, round(phase.share * left / one))
+            for phase, one in zip(self.phases, times, strict=True)
+        ]
+
+    def _seconds_a_step(self, phase: Phase) -> float:
+        """Measured on a copy of the network."""
+        engine = TrainingEngine(self._engine_options(), self.device)
+        net = copy.deepcopy(self.net)
+        engine.prepare(net)
+        step = Step(self, engine, net)
+        engine.start(step.optimizer, 10**6)
+        views = self._views()
+        for i in range(2 * STEPS_TO_TIME):
+            if i == STEPS_TO_TIME:
+                self._wait()
+                start = time.time()
+            step(views.batch(phase), phase, i + 1)
+        self._wait()
+        return (time.time() - start) / STEPS_TO_TIME
+
+    def _wait(self) -> None:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def validate(self, net: Any) -> dict[str, float]:
+        """On whole photographs of the held-out side, in the precision of training."""
+        net.eval()
+        net.preprocessing.input_size = self.input_size
+        store = self.store
+        scores = []
+        for rows in store.held_out.split(64):
+            images = store.photographs[rows].permute(0, 3, 1, 2).float() / 255
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                scores.append(net(resized(images, self.input_size)))
+        found = torch.cat(scores)[:, 0].float().cpu().numpy()
+        mos = store.mos[store.held_out, 0].cpu().numpy()
+        net.train()
+        return {
+            'srcc': round(float(spearmanr(found, mos)[0]), 4),
+            'plcc': round(float(pearsonr(found, mos)[0]), 4),
+            'mae': round(float(np.abs(found - mos).mean()), 4),
+        }
+
+
+def with_split_of(options: dict[str, Any], split: int) -> str | None:
+    path = options['path'].get('pretrain_network')
+    return with_split(path, split) if path else None
+
+
+class Step:
+    """One step of the optimizer.
+
+    Args:
+        training: its losses and teachers.
+        engine: from the loss to the weights.
+        net: the network that learns.
+    """
+
+    def __init__(
+        self, training: Training, engine: TrainingEngine, net: QualityNetwork
+    ) -> None:
+        self.training, self.engine, self.net = training, engine, net
+        self.hints: FeatureHintLoss | None = None
+        if training.train.get('feature_hints'):
+            self.stages = StageOutputs(net), StageOutputs(training.teachers[0])
+            mine, theirs = self.stages
+            self.hints = FeatureHintLoss(mine.channels, theirs.channels)
+            self.hints.to(training.device)
+        optim = training.train['optim']
+        self.lr: float = optim['lr']
+        decay = float(optim.get('weight_decay', 0))
+        parameters = [*net.parameters()]
+        if self.hints is not None:
+            parameters += [*self.hints.parameters()]
+        groups: list[dict[str, Any]] = [
+            {'params': [p for p in parameters if p.ndim > 1]},
+            {'params': [p for p in parameters if p.ndim < 2], 'weight_decay': 0.0},
+        ]
+        fused = training.device.type == 'cuda'
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self.lr, weight_decay=decay, fused=fused
+        )
+
+    def __call__(self, batch: Batch, phase: Phase, iteration: int) -> dict[str, Tensor]:
+        progress = self.engine.progress(iteration)
+        self._set_learning_rate(progress)
+        images = self.engine.images(batch.images)
+        for network in (self.net, *self.training.teachers):
+            network.preprocessing.input_size = phase.size
+        targets = self._targets(images)
+        with self.engine.autocast():
+            output = self.net(images, return_details=True)
+        losses = self._losses(output, targets, batch, progress)
+        self.engine.backward(sum(losses.values()), iteration)  # type: ignore[arg-type]
+        return losses
+
+    def _set_learning_rate(self, progress: float) -> None:
+        scheduler = self.training.train['scheduler']
+        floor, warmup = scheduler['min_ratio'], scheduler['warmup']
+        factor = floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+        if progress < warmup:
+            factor *= (progress + 1 / self.engine.steps) / warmup
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.lr * min(1.0, factor)
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor) -> list[QualityOutput]:
+        with self.engine.autocast():
+            return [
+                teacher(images, return_details=True)
+                for teacher in self.training.teachers
+            ]
+
+    def _losses(
+        self,
+        output: QualityOutput,
+        targets: list[QualityOutput],
+        batch: Batch,
+        progress: float,
+    ) -> dict[str, Tensor]:
+        training = self.training
+        score, n = output.score, len(batch.mos)
+        hard = F.mse_loss(score[:n], batch.mos)
+        losses = {'hard': hard}
+        if targets:
+            weight = training.distillation.soft_weight_at(progress)
+            mean = torch.stack([target.score for target in targets]).mean(0)
+            cosine = F.cosine_similarity(output.embedding, targets[0].embedding)
+            losses = {
+                'hard': (1 - weight) * hard,
+                'soft': weight * (1 - cosine).mean(),
+                'score': weight * F.mse_loss(score, mean),
+            }
+        if self.hints is not None:
+            fading = (1 + math.cos(math.pi * progress)) / 2
+            mine, theirs = (stages.maps for stages in self.stages)
+            losses['hints'] = fading * self.hints(mine, theirs)
+        if k := len(batch.levels):
+            copies = score[n : n + 3 * k]
+            losses['ranking'] = training.ranking(score[:n], copies, batch.levels)
+        return losses
+
+
+def save(training: Training, record: dict[str, Any]) -> Path:
+    """Below experiments/, where release.py looks; returns the checkpoint."""
+    folder = Path('experiments', record['name'])
+    (folder / 'models').mkdir(parents=True, exist_ok=True)
+    path = folder / 'models' / 'net_best.pth'
+    with written_whole(path) as unfinished:
+        torch.save(training.engine.checkpoint(), unfinished)
+    (folder / 'run.json').write_text(json.dumps(record, indent=1) + '\n')
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('-opt', type=Path, nargs='+', required=True, help='files')
+    parser.add_argument('--store', type=Path, nargs='+', required=True, help='folders')
+    parser.add_argument('--seconds', type=float, help='in place of `train: steps`')
+    parser.add_argument('--device', default='cuda')
+    parser.add_argument('--commit', default=recorded_commit(ROOT), help='to record')
+    parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE')
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    store = Store(args.store, device)
+    for path in args.opt:
+        options = load_options(path, args.force_yml or [])
+        training = Training(options, store, device)
+        record = training.run(args.seconds) | {'commit': args.commit}
+        print(save(training, record), record['seconds'], 's', flush=True)
+
+
+if __name__ == '__main__':
+    main()
