@@ -12,21 +12,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
 
 from pyiqa_clipkd.geometry import centre, crop_corners, resized_shape, strip_shape
-
-# Pillow refuses larger ones by default; see PIL.Image.MAX_IMAGE_PIXELS.
-MAX_PIXELS = 178_000_000
+from pyiqa_clipkd.opening import MAX_PIXELS, UnreadableError, open_image, reason
 
 # The orientation in a photograph's EXIF, and its values for one that is upright or not.
 ORIENTATION, UPRIGHT, ROTATED = 0x0112, 1, range(2, 9)
-
-# Formats that Pillow would hand to an interpreter: nothing for strangers' files.
-PROGRAMS = ('EPS',)
-
-# How HEIC files of phones go on after 4 bytes: Pillow alone can't read them.
-HEIC = (b'ftypheic', b'ftypheix', b'ftyphevc', b'ftyphevx', b'ftypmif1', b'ftypmsf1')
 
 # The largest value of eight bits: of a colour, and of what is opaque.
 BYTE = 255
@@ -73,10 +65,6 @@ class _Strictly:
 _STRICT = _Strictly()
 
 
-class UnreadableError(ValueError):
-    """Says in one line, without the file's name, why there are no pixels to score."""
-
-
 class Photograph(NamedTuple):
     """What was in a file.
 
@@ -97,7 +85,7 @@ class Photograph(NamedTuple):
 def read_photograph(
     source: str | Path | BinaryIO, *, max_pixels: int = MAX_PIXELS
 ) -> Photograph:
-    """Read an image file of any kind that Pillow knows.
+    """Read an image file of one of the `FORMATS`.
 
     Of several frames the first is taken, transparency is laid over white, CMYK and
     palettes become RGB, 16 bits become 8, EXIF's rotation is carried out. Colour
@@ -105,62 +93,26 @@ def read_photograph(
 
     Args:
         source: a path, or an open binary file.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded, as are files
+            that are too large for so many pixels. Time has no bound here: see
+            `scoring.isolated`.
 
     Raises:
         UnreadableError: if there is nothing to score, with the reason.
     """
     try:
         # From the start: what is skipped in a PNG is decided when it is opened.
-        with _STRICT, _opened(source) as image:
+        with _STRICT, open_image(source, max_pixels=max_pixels) as image:
             return _decoded(image, max_pixels)
     except UnreadableError:
         raise
     except Exception as error:  # damaged files raise whatever the decoder stumbled on
-        raise UnreadableError(_reason(source, error)) from error
-
-
-def _opened(source: str | Path | BinaryIO) -> Image.Image:
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_dir():
-            raise UnreadableError('a folder')
-        if path.stat().st_size == 0:
-            raise UnreadableError('the file is empty')
-    return Image.open(source)
-
-
-def _reason(source: str | Path | BinaryIO, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return 'no such file'
-    if isinstance(error, PermissionError):
-        return 'no permission to read it'
-    if isinstance(error, UnidentifiedImageError):
-        if _is_heic(source):
-            return 'HEIC, which Pillow does not read: convert it to JPEG first'
-        return 'not an image'
-    if isinstance(error, (Image.DecompressionBombError, MemoryError)):
-        return 'too large'
-    text = ' '.join(str(error).split())
-    if 'truncated' in text.lower():
-        return f'truncated: {text}'
-    return f'damaged: {type(error).__name__}: {text}' if text else 'damaged'
-
-
-def _is_heic(source: str | Path | BinaryIO) -> bool:
-    try:
-        if isinstance(source, (str, Path)):
-            with Path(source).open('rb') as file:
-                return file.read(12)[4:] in HEIC
-        source.seek(0)
-        return source.read(12)[4:] in HEIC
-    except (OSError, ValueError):  # a stream that can't go back
-        return False
+        raise UnreadableError(reason(source, error)) from error
 
 
 def _decoded(image: Image.Image, max_pixels: int) -> Photograph:
-    if image.format in PROGRAMS:
-        raise UnreadableError(f'{image.format} is a program, not pixels')
+    if not image.width * image.height:
+        raise UnreadableError(f'no pixels: {image.width} x {image.height}')
     if image.width * image.height > max_pixels:
         raise UnreadableError(
             f'too large: {image.width} x {image.height} pixels, more than '

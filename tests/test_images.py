@@ -343,7 +343,11 @@ def float_file(folder: Path) -> Path:
     ('make', 'reason'),
     [
         (text_file, 'not an image'),
-        (heic_file, 'HEIC, which Pillow does not read: convert it to JPEG first'),
+        (
+            heic_file,
+            'HEIC, which Pillow does not read: `pip install pillow-heif`, or convert '
+            'it to JPEG first',
+        ),
         (empty_file, 'the file is empty'),
         (lambda folder: folder, 'a folder'),
         (lambda folder: folder / 'gone.jpg', 'no such file'),

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from pyiqa_clipkd.images import (
@@ -18,7 +19,9 @@ from pyiqa_clipkd.images import (
     UPRIGHT,
     UnreadableError,
     read_photograph,
+    squares,
 )
+from pyiqa_clipkd.opening import one_line, open_image
 from pyiqa_clipkd.scoring.files import is_raw
 from pyiqa_clipkd.scoring.tables import Row
 
@@ -65,6 +68,18 @@ def read_image(path: Path, row: Row, max_pixels: int) -> Image.Image:
     return photograph.image
 
 
+def read_squares(
+    path: Path, max_pixels: int, size: int, crops: int
+) -> tuple[Row, np.ndarray]:
+    """What the row of a photograph says of it, and what the network looks at.
+
+    Raises:
+        UnreadableError: if there is nothing to score.
+    """
+    row: Row = {}
+    return row, squares(read_image(path, row, max_pixels), size, crops=crops)
+
+
 def refuse(path: Path) -> None:
     """What Pillow would describe wrongly, or take its thumbnail for it."""
     if is_raw(path):
@@ -80,7 +95,7 @@ def reason_of(error: Exception) -> str:
     """One line for a row."""
     if isinstance(error, UnreadableError):
         return str(error)
-    text = ' '.join(str(error).split())
+    text = one_line(str(error))
     return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
@@ -89,7 +104,7 @@ def decoded_bytes(path: Path) -> int:
     if not path.is_file():  # a pipe would be waited for
         return 0
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             pixels = image.width * image.height
             plain = image.mode == 'RGB' and 'transparency' not in image.info
             if plain and image.format in ('JPEG', 'MPO'):  # others must be decoded
