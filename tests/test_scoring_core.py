@@ -14,6 +14,7 @@ from PIL import Image
 from scoring_data import METRIC, ODD, encoded, photograph, write_odd
 from torch import Tensor
 
+from pyiqa_clipkd.images import squares
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import LEVELS
 from pyiqa_clipkd.scoring import core, reading
@@ -186,7 +187,7 @@ def test_what_fails_for_one_photograph_is_in_its_row_alone(
             return scores, None
 
     plain = scores_of(rows_of(paths, Brightness()))
-    worst = Brightness()(core.squares(photograph(0, (200, 290)), 32))[0][0]
+    worst = Brightness()(squares(photograph(0, (200, 290)), 32))[0][0]
     first = paths[0].parent / 'first.png'
     first.write_bytes(encoded(photograph(0, (200, 290)), 'PNG'))
     gone = first.with_name('gone.png')  # is in the same batch

@@ -28,7 +28,12 @@ from typing import TYPE_CHECKING
 from pyiqa_clipkd.command import FINE, INTERRUPTED, UNREADABLE
 from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.scoring.files import STDIN
-from pyiqa_clipkd.scoring.pillow import check_megapixels, most_pixels, prepare_pillow
+from pyiqa_clipkd.scoring.pillow import (
+    check_megapixels,
+    check_seconds,
+    most_pixels,
+    prepare_pillow,
+)
 from pyiqa_clipkd.scoring.results import check_ending
 from pyiqa_clipkd.scoring.selection import FOLDER, grouping
 
@@ -104,6 +109,11 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
     add('--threads', type=_whole(1), metavar='N', help='of one network; default: 1')
     add('--batch-size', type=_whole(1), metavar='N', help='default: 1 on processors')
     add('--max-megapixels', type=float, metavar='X', help='refuse larger photographs')
+    help_text = (
+        'give up a photograph after so long: for files of strangers, which are then '
+        'read in processes of their own'
+    )
+    add('--max-seconds', type=float, metavar='X', help=help_text)
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -178,6 +188,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.best_of is not None:
         grouping(arguments.best_of)
     check_megapixels(arguments.max_megapixels)
+    check_seconds(arguments.max_seconds)
     low = arguments.min_score
     if low is not None and not 1 <= low <= 5:
         raise ValueError(f'`--min-score` must be in [1, 5], but got {low:g}.')

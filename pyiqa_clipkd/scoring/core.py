@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,15 +13,16 @@ import numpy as np
 
 from pyiqa_clipkd.attributes.names import faults, named_attributes
 from pyiqa_clipkd.files import SHORT_HASH
-from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError, squares
+from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError
 from pyiqa_clipkd.scale import level_of, to_100
 from pyiqa_clipkd.scoring.backends import Backend, Explaining, heads_of
+from pyiqa_clipkd.scoring.isolated import Here, Isolated
 from pyiqa_clipkd.scoring.reading import (
     MEMORY,
     Allowance,
     decoded_bytes,
     in_order,
-    read_image,
+    read_squares,
     reason_of,
 )
 from pyiqa_clipkd.scoring.tables import (
@@ -48,6 +50,7 @@ def score_paths(
     batch_size: int | None = None,
     workers: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    max_seconds: float | None = None,
 ) -> Iterator[Row]:
     """Score files, a few at a time, and go on after those that can't be read.
 
@@ -64,6 +67,9 @@ def score_paths(
             backend. With 1 each worker also runs the network.
         workers: threads that decode; by default one a processor core.
         max_pixels: larger photographs are refused.
+        max_seconds: for one photograph. The workers then read in processes of their
+            own, so that one can be ended, or crash, and the others go on: for files of
+            strangers.
 
     Yields:
         A row with the keys of `columns` for each path, in their order.
@@ -84,12 +90,20 @@ def score_paths(
             raise ValueError(
                 f'`{name}` must be a whole number >= {least}, but got {value!r}.'
             )
-    engine = _Engine(backend, crops, max_pixels)
+    readers = Here() if max_seconds is None else Isolated(max_seconds, max_pixels)
+    engine = _Engine(backend, crops, max_pixels, readers)
     if batch_size == 1:
-        return in_order(engine.score, paths, workers, 4 * workers)
-    # What waits for its batch are squares, not whole photographs.
-    prepared = in_order(engine.prepare, paths, workers, workers + batch_size)
-    return engine.score_batches(prepared, batch_size)
+        rows = in_order(engine.score, paths, workers, 4 * workers)
+    else:  # what waits for its batch are squares, not whole photographs
+        prepared = in_order(engine.prepare, paths, workers, workers + batch_size)
+        rows = engine.score_batches(prepared, batch_size)
+    return _closing(rows, readers)
+
+
+def _closing(rows: Iterator[Row], readers: Here | Isolated) -> Iterator[Row]:
+    """The rows; at their end, or when nobody wants more, nothing of it is left."""
+    with closing(readers), closing(rows):  # type: ignore[type-var]
+        yield from rows
 
 
 def default_workers(threads: int | None = None) -> int:
@@ -122,8 +136,15 @@ class _Prepared(NamedTuple):
 class _Engine:
     """One photograph or one batch at a time; called from several threads."""
 
-    def __init__(self, backend: Backend, crops: int, max_pixels: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        crops: int,
+        max_pixels: int,
+        readers: Here | Isolated,
+    ) -> None:
         self.backend = backend
+        self.readers = readers
         self.crops = crops
         self.max_pixels = max_pixels
         self.memory = Allowance(MEMORY)
@@ -144,13 +165,16 @@ class _Engine:
         row |= self.common | {'path': str(path)}
         pixels = None
         try:
-            with self.memory.take(decoded_bytes(path)):
+            with (
+                self.readers.one_file() as call,
+                self.memory.take(call(decoded_bytes, path)),
+            ):
                 start = time.perf_counter()  # without the wait for other photographs
-                pixels = squares(
-                    read_image(path, row, self.max_pixels),
-                    self.backend.input_size,
-                    crops=self.crops,
+                size = self.backend.input_size
+                found, pixels = call(
+                    read_squares, path, self.max_pixels, size, self.crops
                 )
+                row |= found
         except Exception as error:
             row['error'] = reason_of(error)
         return _Prepared(row, pixels, time.perf_counter() - start)

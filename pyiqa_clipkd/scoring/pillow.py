@@ -21,16 +21,33 @@ def check_megapixels(megapixels: float | None) -> None:
         raise ValueError(f'`--max-megapixels` must be above 0, but got {megapixels:g}.')
 
 
+def check_seconds(seconds: float | None) -> None:
+    """Of `--max-seconds`.
+
+    Raises:
+        ValueError: if it can't be meant.
+    """
+    if seconds is not None and not 0 < seconds < 1e6:
+        raise ValueError(f'`--max-seconds` must be above 0, but got {seconds:g}.')
+
+
 def most_pixels(megapixels: float | None) -> int:
     """The largest photographs that are read in this process; `None`: by default."""
-    from PIL import Image
-
     from pyiqa_clipkd.images import MAX_PIXELS
 
     if megapixels is None:
         return MAX_PIXELS
-    pixels = int(1e6 * megapixels)
-    Image.MAX_IMAGE_PIXELS = max(pixels, MAX_PIXELS)
+    return allow_pixels(int(1e6 * megapixels))
+
+
+def allow_pixels(pixels: int) -> int:
+    """Let Pillow read so many in this process."""
+    from PIL import Image
+
+    from pyiqa_clipkd.images import MAX_PIXELS
+
+    if pixels > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = pixels
     return pixels
 
 

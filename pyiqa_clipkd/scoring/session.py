@@ -129,6 +129,7 @@ class Session:
             batch_size=self.arguments.batch_size,
             workers=self.arguments.workers or default_workers(self.arguments.threads),
             max_pixels=self.arguments.max_pixels,
+            max_seconds=self.arguments.max_seconds,
         )
 
     def _unknown(self, paths: Iterable[Path | None]) -> Iterator[Path | None]:
