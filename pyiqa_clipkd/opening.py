@@ -24,8 +24,8 @@ FORMATS = (
     *('HEIF', 'JPEG2000', 'PPM'),
 )
 
-# Formats that Pillow would hand to an interpreter.
-PROGRAMS = ('EPS',)
+# Formats that Pillow would hand to an interpreter, and others that tell themselves.
+PROGRAMS, OTHERS = ('EPS',), ('PSD', 'DDS', 'QOI', 'ICNS')
 
 # How HEIC files of phones go on after 4 bytes: Pillow alone can't read them.
 HEIC = (b'ftypheic', b'ftypheix', b'ftyphevc', b'ftyphevx', b'ftypmif1', b'ftypmsf1')
@@ -154,8 +154,9 @@ def _what_instead(beginning: bytes) -> str:
             'HEIC, which Pillow does not read: `pip install pillow-heif`, or convert '
             'it to JPEG first'
         )
-    for name, (_, accepts) in Image.OPEN.items():
-        if name not in FORMATS and accepts and accepts(beginning) is True:
+    for name in (*PROGRAMS, *OTHERS):
+        _, accepts = Image.OPEN.get(name, (None, None))
+        if accepts and accepts(beginning) is True:
             if name in PROGRAMS:
                 return f'{name} is a program, not pixels'
             return f'{name}, which is not read: convert it to PNG first'

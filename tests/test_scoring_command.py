@@ -162,6 +162,43 @@ def test_rows_on_the_screen(folder: Path) -> None:
     assert float(rows[1]['score']) == objects[1]['score']
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='no such names there')
+def test_names_of_strangers_command_no_terminal_program_or_spreadsheet(
+    folder: Path,
+) -> None:
+    content = encoded(photograph(0, (64, 64)))
+    for name in ('-rf.jpg', '=1+1.jpg', '\x1b]0;t\x07.jpg'):
+        (folder / name).write_bytes(content)
+    (folder / 'a\n\x1b[2J.jpg').write_bytes(b'no image')
+    os.chdir(folder)
+    names = ['-', '--paths-only', '-0', '--quiet']
+    result = score(*names, given=b'-rf.jpg\0=1+1.jpg\0', code=0)
+    assert result.stdout == b'./-rf.jpg\0./=1+1.jpg\0'
+    result = score('=1+1.jpg', '--format', 'csv')
+    assert result.stdout.splitlines()[1].startswith(b'./=1+1.jpg,')
+    result = score('.', code=3)
+    assert b'a\\n\\x1b[2J.jpg: not an image\n' in result.stderr
+    assert b'\x1b]0;t\x07.jpg\n' in result.stdout  # a pipe gets the name as it is
+    shown = in_a_terminal([*COMMAND, '.', '--quiet'])
+    assert b'\\x1b]0;t\\x07.jpg' in shown
+    assert b'\x1b]0' not in shown
+
+
+def in_a_terminal(command: list[str]) -> bytes:
+    """What a command writes to a terminal."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b''
+    with contextlib.suppress(OSError), open(ours, 'rb', buffering=0) as file:
+        while part := file.read(4096):
+            shown += part
+    process.wait(30)
+    return shown
+
+
 @pytest.mark.skipif(sys.platform == 'win32', reason='no head')
 def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
     process = subprocess.Popen(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import glob
 import io
 import os
 import sys
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pyiqa_clipkd.scoring.files import find_photographs
+from pyiqa_clipkd.scoring.files import _recursive, find_photographs
+from pyiqa_clipkd.scoring.printing import printable, safe_name
 
 
 @pytest.fixture
@@ -124,3 +126,84 @@ class TestFindPhotographs:
         monkeypatch.setattr('os.scandir', watched)
         assert next(find_photographs(['photos', 'other'])).name == 'a.PNG'
         assert listed == ['photos']
+
+    @pytest.mark.skipif(sys.platform == 'win32', reason='no such links there')
+    def test_patterns_end_where_links_lead_back(self, tree: Path) -> None:
+        for name in 'abcdef':  # 6 ways back at each of 40 steps
+            (tree / 'photos' / name).symlink_to('.')
+            (tree / 'photos' / 'sub' / name).symlink_to('..')
+        assert found('photos/**/*.jpg') == ['photos/b.jpg', 'photos/sub/deep.jpg/d.tif']
+        assert sorted(found('**/*.tif')) == ['photos/sub/deep.jpg/d.tif']
+        assert found('photos/**') == PHOTOS
+
+    def test_recursive_patterns_mean_what_they_mean_to_glob(self, tree: Path) -> None:
+        (tree / 'photos' / '.git').mkdir()
+        (tree / 'photos' / '.git' / 'h.jpg').write_bytes(b'x')
+        for pattern in (
+            '**/*',
+            'photos/**/*.webp',
+            'photos/**/sub/**/*.tif',
+            '**/[bc].*',
+            '*/**/d.tif',
+            'photos/**/.hidden.jpg',
+            'photos/**/.*',
+            f'{tree}/**/*.jpg',
+        ):
+            ours = {os.path.normpath(path) for path in _recursive(pattern)}
+            theirs = glob.glob(pattern, recursive=True)
+            assert ours - {'.'} == {os.path.normpath(path) for path in theirs}, pattern
+        assert found('**/*.none') == ['**/*.none']
+
+    @pytest.mark.skipif(sys.platform == 'win32', reason='such paths are too long')
+    def test_folders_may_lie_deeper_than_calls(self, tree: Path) -> None:
+        for _ in range(1500):
+            os.mkdir('d')
+            os.chdir('d')
+        Path('a.jpg').write_bytes(b'x')
+        os.chdir(tree)
+        (path,) = found('d')
+        assert path == 'd/' * 1500 + 'a.jpg'
+        (path,) = found('d/**/*.jpg')
+        assert path.endswith('d/a.jpg')
+        for _ in range(1500):  # others can't remove them
+            os.chdir('d')
+        os.remove('a.jpg')
+        for _ in range(1500):
+            os.chdir('..')
+            os.rmdir('d')
+
+    @pytest.mark.skipif(sys.platform == 'win32', reason='such paths are too long')
+    def test_a_folder_too_deep_for_the_system_is_named(self, tree: Path) -> None:
+        name = 'd' * 250
+        for _ in range(20):
+            os.mkdir(name)
+            os.chdir(name)
+        os.chdir(tree)
+        (path,) = found(name)
+        assert path.endswith(name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'shown'),
+    [
+        ('caf\xe9 \U0001f600.jpg', 'caf\xe9 \U0001f600.jpg'),
+        ('a\nb.jpg', 'a\\nb.jpg'),
+        ('\x1b]0;title\x07.jpg', '\\x1b]0;title\\x07.jpg'),
+        ('\x9b2J.jpg', '\\x9b2J.jpg'),
+        ('gpj.\u202ecod', 'gpj.\\u202ecod'),
+        ('\udcff.jpg', '\\udcff.jpg'),
+    ],
+)
+def test_names_are_shown_without_what_commands_a_terminal(
+    name: str, shown: str
+) -> None:
+    assert printable(name) == shown
+
+
+@pytest.mark.parametrize(
+    'name', ['-rf.jpg', '=1+1.jpg', '+1.jpg', '@a.jpg', '\t=1.jpg']
+)
+def test_names_are_neither_options_nor_formulas(name: str) -> None:
+    assert safe_name(name) == os.path.join('.', name)
+    assert Path(safe_name(name)) == Path(name)
+    assert safe_name(f'a{name}') == f'a{name}'

@@ -39,6 +39,7 @@ from pyiqa_clipkd.scoring.files import (
     unbuffered_stdin,
 )
 from pyiqa_clipkd.scoring.pillow import prepare_pillow
+from pyiqa_clipkd.scoring.printing import printable
 from pyiqa_clipkd.scoring.results import check_ending
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _progress(stack: ExitStack) -> Callable[[], None] | None:
 def _summary(counts: Counts, labeller: Labeller, seconds: float) -> Iterator[str]:
     yield f'{counts.labelled:,} labelled, {counts.bad:,} could not be.'
     for path, error in counts.first_bad:
-        yield f'  {path}: {error}'
+        yield f'  {printable(path)}: {error}'
     known = counts.known + counts.known_bad
     new = counts.labelled + counts.bad - known
     yield f'{new:,} files read in {seconds:.1f} s, {known:,} were labelled before.'

@@ -31,6 +31,7 @@ from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.maps import MAP_METRIC
 from pyiqa_clipkd.scale import level_of
 from pyiqa_clipkd.scoring.pillow import check_megapixels, most_pixels, prepare_pillow
+from pyiqa_clipkd.scoring.printing import printable
 
 if TYPE_CHECKING:
     from pyiqa_clipkd.maps.windows import QualityMap
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             line = _map(path, output, backend, arguments)
         except (UnreadableError, StrideError) as error:
-            print(f'{_shown(path)}: {error}', file=sys.stderr)
+            print(f'{printable(str(path))}: {error}', file=sys.stderr)
             code = UNREADABLE
         else:
             print(line, flush=True)
@@ -212,7 +213,7 @@ def _is_map(path: Path) -> bool:
     if not path.name.endswith(MAP_ENDING):
         return False
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=('PNG',)) as image:
             return bool(image.info.get(MARK[0]) == MARK[1])
     except Exception:  # damaged, or no image
         return False
@@ -264,7 +265,7 @@ def _map(
         picture.save(partial, form, quality=JPEG_QUALITY, pnginfo=mark)
     if arguments.array:
         _write_array(quality, arguments.array)
-    return f'{_shown(path)}: {words}'
+    return f'{printable(str(path))}: {words}'
 
 
 def _words(quality: QualityMap, backend: Backend) -> str:
@@ -276,10 +277,6 @@ def _words(quality: QualityMap, backend: Backend) -> str:
         f'worst of {quality.scores.size} windows: {quality.worst.score:.2f}, '
         f'{right - left} x {bottom - top} pixels at left {left}, top {top}'
     )
-
-
-def _shown(path: Path) -> str:
-    return str(path).encode(errors='backslashreplace').decode()
 
 
 def _write_array(quality: QualityMap, path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from queue import Empty, Queue
@@ -16,8 +17,11 @@ from typing import BinaryIO
 STDIN = '-'
 
 # Pillow knows their endings, but has no decoder of its own for them, or calls another
-# program for it.
-NO_PHOTOGRAPHS = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
+# program for it; icons, textures and what measures the sky are no photographs either.
+NO_PHOTOGRAPHS = {
+    *('BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'),
+    *('BLP', 'CUR', 'FITS', 'FLI', 'FTEX', 'GBR', 'ICNS', 'ICO', 'XBM', 'XPM'),
+}
 
 # Photographs that Pillow has no decoder for, unless an add-on brings it: they come
 # through with those it has, for their rows to say so. A raw file may look like a TIFF
@@ -132,7 +136,9 @@ def _split(stream: BinaryIO, end: bytes) -> Iterator[bytes]:
 
 
 def _matches(pattern: str) -> Iterator[str]:
-    matches = sorted(glob.iglob(pattern, recursive=True))
+    matches = sorted(
+        _recursive(pattern) if '**' in Path(pattern).parts else glob.iglob(pattern)
+    )
     # `*` and `**` name no kind of file: images are meant, as in a folder.
     any_kind = os.path.basename(pattern) in ('*', '**')
     for match in matches:
@@ -142,29 +148,74 @@ def _matches(pattern: str) -> Iterator[str]:
         yield pattern
 
 
+def _recursive(pattern: str) -> Iterator[str]:
+    """As `glob.iglob`, which would follow links that lead back, and never end."""
+    parts = Path(pattern).parts
+    first = parts.index('**')
+    for root in glob.glob(str(Path(*parts[:first]))):
+        for names in _tree(root):
+            if _fits(names, parts[first:]):
+                yield os.path.join(root, *names)
+
+
+def _tree(root: str) -> Iterator[tuple[str, ...]]:
+    """The names that lead to all that is in a folder and below; each folder once."""
+    folders: set[tuple[int, int]] = set()
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        names = waiting.pop()
+        yield names
+        hidden = names and names[-1].startswith('.')
+        found = [] if hidden else _listed(os.path.join(root, *names), folders)
+        for name, is_folder in found or ():
+            if is_folder:
+                waiting.append((*names, name))
+            else:
+                yield (*names, name)
+
+
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    if not parts:
+        return not names
+    if parts[0] == '**':
+        hidden = [i for i, name in enumerate(names) if name.startswith('.')]
+        most = min(hidden, default=len(names))
+        return any(_fits(names[i:], parts[1:]) for i in range(most + 1))
+    if not names or (names[0].startswith('.') and not parts[0].startswith('.')):
+        return False
+    return fnmatch(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
 def _below(path: str, folders: set[tuple[int, int]]) -> Iterator[str]:
     """A file, or the images in a folder and below; `folders` were seen before."""
-    if not os.path.isdir(path):
-        yield path
-        return
+    waiting = [(path, os.path.isdir(path))]
+    while waiting:  # folders may lie deeper than calls may
+        path, is_folder = waiting.pop()
+        found = _listed(path, folders) if is_folder else None
+        if found is None:
+            yield path
+            continue
+        for name, inner in reversed(found):
+            if not name.startswith('.') and (inner or is_image_name(name)):
+                waiting.append((os.path.join(path, name), inner))
+
+
+def _listed(path: str, folders: set[tuple[int, int]]) -> list[tuple[str, bool]] | None:
+    """The names in a folder, and whether they are folders; `None`: it can't be read.
+
+    Nothing of one that was named twice, or that a link leads back to.
+    """
     try:
         status = os.stat(path)
         with os.scandir(path) as entries:
             found = sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError:
-        yield path
-        return
+        return None
     folder = (status.st_dev, status.st_ino)
-    if folder in folders:  # it was named twice, or a link leads back to it
-        return
+    if folder in folders:
+        return []
     folders.add(folder)
-    for name, is_folder in found:
-        if name.startswith('.'):
-            continue
-        if is_folder:
-            yield from _below(os.path.join(path, name), folders)
-        elif is_image_name(name):
-            yield os.path.join(path, name)
+    return found
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -23,6 +23,7 @@ from pyiqa_clipkd.scoring.files import (
     unbuffered_stdin,
 )
 from pyiqa_clipkd.scoring.locks import locked
+from pyiqa_clipkd.scoring.printing import printable, safe_name
 from pyiqa_clipkd.scoring.results import Results
 from pyiqa_clipkd.scoring.selection import (
     BestOfGroups,
@@ -177,12 +178,16 @@ class Session:
                 print(bad_line(row), file=sys.stderr)
 
     def _show(self, row: Row) -> None:
-        path = os.fsencode(row['path'])
+        name = safe_name(row['path'])
+        path = os.fsencode(name)
         if self.arguments.format:
-            self._write(TEXT_FORMATS[f'.{self.arguments.format}'].encode(row))
+            encode = TEXT_FORMATS[f'.{self.arguments.format}'].encode
+            self._write(encode({**row, 'path': name}))
         elif self.arguments.paths_only:
             self._write(path + (b'\0' if self.arguments.null else b'\n'))
         else:
+            if sys.stdout.isatty():
+                path = printable(name).encode()
             words = f'{row["score"]:.3f}  {row["level"]:<7}  '
             why = f'  ({row[FAULTS]})' if row.get(FAULTS) else ''
             self._write(words.encode() + path + why.encode() + b'\n')
@@ -245,8 +250,7 @@ def _selection(arguments: argparse.Namespace) -> Selection:
 
 def bad_line(row: Row) -> str:
     """A file that could not be scored, and why, as far as its name can be printed."""
-    path = row['path'].encode(errors='backslashreplace').decode()
-    return f'{path}: {row["error"]}'
+    return f'{printable(row["path"])}: {row["error"]}'
 
 
 def summary(tally: Tally, backend: Backend, output: Path | None) -> Iterator[str]:
