@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -53,6 +54,8 @@ def open_image(
         Exception: whatever Pillow raises.
     """
     if not isinstance(source, (str, Path)):
+        with contextlib.suppress(AttributeError, OSError):  # of one that can't go back
+            _check_size(source.seek(0, os.SEEK_END), max_pixels)
         with Image.open(source, formats=_formats()) as image:
             yield image
         return
@@ -85,9 +88,13 @@ def _check_file(status: os.stat_result, max_pixels: int) -> None:
         raise UnreadableError('a pipe or a device, not a file')
     if status.st_size == 0:
         raise UnreadableError('the file is empty')
-    if status.st_size > FILE_BYTES_A_PIXEL * max_pixels + FILE_BYTES_BESIDE:
+    _check_size(status.st_size, max_pixels)
+
+
+def _check_size(size: int, max_pixels: int) -> None:
+    if size > FILE_BYTES_A_PIXEL * max_pixels + FILE_BYTES_BESIDE:
         raise UnreadableError(
-            f'too large: a file of {status.st_size / 1e6:,.0f} MB, more than '
+            f'too large: a file of {size / 1e6:,.0f} MB, more than '
             f'{max_pixels / 1e6:g} megapixels take'
         )
 

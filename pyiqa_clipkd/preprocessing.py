@@ -13,6 +13,9 @@ from pyiqa_clipkd.geometry import centre, crop_corners, resized_shape, strip_sha
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Beyond [0, 1], where images were normalized before and back.
+ROUNDING = 1e-3
+
 
 def check_images(img: Tensor) -> Tensor:
     """Return `img` as float (N, 3, H, W), or say what is wrong with it.
@@ -22,7 +25,8 @@ def check_images(img: Tensor) -> Tensor:
 
     Raises:
         TypeError: if `img` isn't a floating-point tensor.
-        ValueError: if the shape isn't (N, 3 or 1, H, W) or a side is empty.
+        ValueError: if the shape isn't (N, 3 or 1, H, W) or a side is empty; or if
+            values are NaN or outside [0, 1], where no gradients are recorded.
     """
     if not isinstance(img, Tensor):
         raise TypeError(f'`img` must be a torch.Tensor, but got {type(img).__name__}.')
@@ -36,7 +40,21 @@ def check_images(img: Tensor) -> Tensor:
             f'`img` must be floating point with values in [0, 1], but got {img.dtype}. '
             'For 8-bit images use `img.float() / 255`.'
         )
+    _check_values(img)
     return img.expand(-1, 3, -1, -1)
+
+
+def _check_values(img: Tensor) -> None:
+    """Not in trainings, which would wait for a GPU, nor where a graph is recorded."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() or recorded or img.is_meta:
+        return
+    low, high = (limit.item() for limit in img.aminmax())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also of NaN
+        raise ValueError(
+            f'`img` must be in [0, 1], but got values from {low:g} to {high:g}. '
+            'Of 0 to 255 take `img / 255`, of -1 to 1 `(img + 1) / 2`, and clamp.'
+        )
 
 
 def _center_crop(img: Tensor, height: int, width: int) -> Tensor:

@@ -172,6 +172,8 @@ def test_a_file_far_larger_than_its_pixels_may_be_is_refused(tmp_path: Path) -> 
     os.truncate(path, 300_000_000)  # a hole: nothing of it is on the disk
     with pytest.raises(UnreadableError, match='too large: a file of 300 MB, more than'):
         read_photograph(path, max_pixels=1_000_000)
+    with path.open('rb') as file, pytest.raises(UnreadableError, match='300 MB'):
+        read_photograph(file, max_pixels=1_000_000)
     os.truncate(path, 2_000_000_000)
     with pytest.raises(
         UnreadableError, match=r'a file of 2,000 MB, more than 178 mega'

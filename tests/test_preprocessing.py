@@ -222,3 +222,40 @@ def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_what_is_no_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match=r'`img` must be a torch\.Tensor, but got list'):
         check_images([[0.5]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ('scale', 'shift', 'limits'),
+    [
+        (255, 0, 'from 0 to 255'),
+        (2, -1, 'from -1 to 1'),
+        (1, float('nan'), 'nan to nan'),
+    ],
+)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
+def test_values_that_no_image_has_are_an_error(
+    scale: float, shift: float, limits: str, dtype: torch.dtype
+) -> None:
+    img = (torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16) * scale + shift).to(
+        dtype
+    )
+    with torch.no_grad(), pytest.raises(ValueError, match=limits):
+        CLIPPreprocessing(8)(img)
+    with torch.inference_mode(), pytest.raises(ValueError, match='take `img / 255`'):
+        check_images(img)
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 1.01])
+def test_one_value_that_no_image_has_is_found(bad: float) -> None:
+    img = torch.rand(2, 1, 16, 16)
+    img[1, 0, 7, 7] = bad
+    with torch.no_grad(), pytest.raises(ValueError, match=r'must be in \[0, 1\]'):
+        check_images(img)
+
+
+def test_a_loss_may_leave_the_range_and_rounding_is_no_error() -> None:
+    img = torch.full((1, 3, 16, 16), 1.2, requires_grad=True)
+    assert CLIPPreprocessing(8)(img).isfinite().all()  # a gradient leads it back
+    with torch.no_grad():
+        check_images(torch.full((1, 3, 4, 4), 1 + 5e-4))
+        check_images(torch.empty(1, 3, 4, 4, device='meta'))
