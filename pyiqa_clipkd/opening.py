@@ -28,6 +28,9 @@ FORMATS = (
 # Formats that Pillow would hand to an interpreter, and others that tell themselves.
 PROGRAMS, OTHERS = ('EPS',), ('PSD', 'DDS', 'QOI', 'ICNS')
 
+# Formats that no other file begins like.
+WELL_MARKED = ('JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'AVIF')
+
 # How HEIC files of phones go on after 4 bytes: Pillow alone can't read them.
 HEIC = (b'ftypheic', b'ftypheix', b'ftyphevc', b'ftyphevx', b'ftypmif1', b'ftypmsf1')
 
@@ -167,4 +170,8 @@ def _what_instead(beginning: bytes) -> str:
             if name in PROGRAMS:
                 return f'{name} is a program, not pixels'
             return f'{name}, which is not read: convert it to PNG first'
+    for name in WELL_MARKED:
+        _, accepts = Image.OPEN.get(name, (None, None))
+        if accepts and accepts(beginning) is True:
+            return f'damaged: it begins like {name}, but cannot be opened'
     return 'not an image'

@@ -228,6 +228,19 @@ def test_what_is_not_read_says_so(kind: str, tmp_path: Path) -> None:
         read_photograph(path)
 
 
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'AVIF'])
+def test_a_file_without_a_whole_header_is_called_damaged(
+    kind: str, mutations: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / 'a'
+    files = mutations.seeds(photograph(2).resize((96, 64))).get(kind)
+    if files is None:
+        pytest.skip('this Pillow has no AVIF')
+    path.write_bytes(files[0][:24])
+    with pytest.raises(UnreadableError, match=r'^(damaged|truncated): '):
+        read_photograph(path)
+
+
 # --- files that are none, or change ---------------------------------------------------
 
 
