@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyiqa_clipkd.checkpoints import read_checkpoint
 from pyiqa_clipkd.description import KEY as METADATA_KEY
 from pyiqa_clipkd.files import written_whole
-from pyiqa_clipkd.torchscript import NeedsCodeError, is_torchscript, read_torchscript
+from pyiqa_clipkd.plain_pickle import NeedsCodeError
+from pyiqa_clipkd.torchscript import is_torchscript, read_torchscript
 
 # Endings of what `pyiqa-clipkd export` writes, and what runs it.
 EXPORTED = {
@@ -33,9 +34,6 @@ TORCH_MAGIC = (b'PK', b'\x80')
 INT8_SIZE = 100_000
 INT8_MAX = 127
 INT8_SCALE = '.int8_scale'
-
-# Where training loops of this field put the tensors inside a checkpoint.
-WRAPPERS = ('params', 'params_ema', 'state_dict', 'model')
 
 
 class Weights(NamedTuple):
@@ -112,27 +110,14 @@ def unpack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Weights:
-    # Opened here, for torch.load goes by the name: not all that is called .safetensors
-    # is.
     with path.open('rb') as file:
         start = file.read(2)
-        if not start.startswith(TORCH_MAGIC):
-            raise ValueError(f'it starts with {start!r}')
-        file.seek(0)
-        content = torch.load(file, map_location='cpu', weights_only=True)
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise _RefusedError(f'{path} holds no state dict, but {kind}.')
-    tensors = {
-        str(name).removeprefix('module.'): value
-        for name, value in content.items()
-        if isinstance(value, Tensor)
-    }
-    return Weights(tensors, {})
+    if not start.startswith(TORCH_MAGIC):
+        raise ValueError(f'it starts with {start!r}')
+    try:
+        return Weights(read_checkpoint(path), {})
+    except TypeError as error:
+        raise _RefusedError(f'{path} holds no state dict, but {error}.') from error
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -165,7 +150,7 @@ def read_weights(path: str | Path) -> Weights:
             weights.metadata['config'] = decode_config(weights.tensors.pop(CONFIG_KEY))
     except _RefusedError:
         raise
-    except (pickle.UnpicklingError, NeedsCodeError) as error:
+    except NeedsCodeError as error:
         raise _RefusedError(
             f'{path} is refused: it holds more than tensors and plain values, and '
             'loading it could run code. Save its state dict alone, or as safetensors.'

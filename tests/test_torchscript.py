@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyiqa_clipkd import torchscript
+from pyiqa_clipkd import checkpoints, plain_pickle, torchscript
 from pyiqa_clipkd.torchscript import read_torchscript
 from pyiqa_clipkd.weights import read_weights
 
@@ -275,7 +275,6 @@ def test_code_of_python_in_an_archive_is_refused_and_not_executed(
         'builtins getattr',
         'os system',
         'torch load',
-        'torch._utils _rebuild_parameter',
         'torch.jit._pickle __builtins__',
         'torch.storage _load_from_bytes',
         'torch__torch__ x',
@@ -287,6 +286,17 @@ def test_no_other_name_is_looked_up(name: str, archive: Path) -> None:
     path = changed(archive, data_pkl=f'c{module}\n{attribute}\n.'.encode())
     with pytest.raises(ValueError, match='is refused'):
         read_weights(path)
+
+
+def known() -> list[dict[Any, Any]]:
+    """All that reading goes by."""
+    allowed = torchscript.ALLOWED_HERE
+    return [
+        dict(allowed),
+        dict(checkpoints.ALLOWED),
+        *(dict(vars(one)) for one in allowed.values()),
+        dict(vars(plain_pickle.Holder)),
+    ]
 
 
 REBUILD = b'ctorch._utils\n_rebuild_tensor_v2\n'
@@ -309,10 +319,10 @@ REBUILD = b'ctorch._utils\n_rebuild_tensor_v2\n'
 def test_a_file_cannot_change_what_later_files_are_read_with(
     target: bytes, state: bytes, archive: Path
 ) -> None:
-    before = dict(torchscript.FUNCTIONS), dict(vars(torchscript._Holder))
+    before = known()
     with pytest.raises(ValueError, match='is damaged'):
         read_weights(changed(archive, data_pkl=target + state))
-    assert (dict(torchscript.FUNCTIONS), dict(vars(torchscript._Holder))) == before
+    assert known() == before
     assert_like_torch(archive)
 
 
@@ -437,7 +447,7 @@ def test_a_record_that_unpacks_to_far_too_much_is_damage(
     most: int, build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = build(linear_pickle(numel=400), record=bytes(1600), packed=True)
-    monkeypatch.setattr(torchscript, 'MOST_BYTES', most)
+    monkeypatch.setattr(checkpoints, 'MOST_BYTES', most)
     if most == 1000:
         with pytest.raises(ValueError, match=r'hand\.pt is damaged .* 1600 bytes'):
             read_weights(path)
