@@ -18,6 +18,10 @@ EXTERNAL = 'external'
 # Photographs: uint8 (N, H, W, 3) RGB of any size, resized inside.
 SQUARES, PHOTOGRAPHS = 'squares', 'photographs'
 FORMS = (PHOTOGRAPHS, SQUARES)
+
+# Side in pixels of the squares of a network that comes from a file: memory for one goes
+# with its area. The largest that are known to us see 1,024.
+LARGEST_INPUT = 2048
 INPUT_NAMES = {SQUARES: 'squares', PHOTOGRAPHS: 'image'}
 SCORE, PROBABILITIES, ATTRIBUTES = 'score', 'probabilities', 'attributes'
 
@@ -66,6 +70,38 @@ class Description(NamedTuple):
             values = json.loads(text)
             values['levels'] = tuple(values['levels'])
             values['attributes'] = tuple(values.get('attributes', ()))
-            return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+            description = cls(**values)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f'no description of a model: {error}') from error
+        description._check()
+        return description
+
+    def _check(self) -> None:
+        """The text comes from whoever made the file.
+
+        Raises:
+            ValueError: if a value can't be.
+        """
+        words = [*self.levels, *self.attributes]
+        plain = [self.metric, self.weights, self.sha256, self.precision, self.version]
+        for name, fits in {
+            'input': self.input in FORMS,
+            'input_size': type(self.input_size) is int
+            and 1 <= self.input_size <= LARGEST_INPUT,
+            'levels': len(self.levels) <= 100 and all(type(w) is str for w in words),
+            'weights': all(type(text) is str for text in [*plain, self.heads_sha256]),
+        }.items():
+            if not fits:
+                value = repr(getattr(self, name))[:80]
+                raise ValueError(f'no description of a model: `{name}` is {value}')
+        if not is_plain_name(self.weights) and self.weights:
+            raise ValueError(
+                f'no description of a model: `weights` must lie beside it, but got '
+                f'{self.weights[:80]!r}'
+            )
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file in a folder, and no other folder."""
+    odd = ('', '.', '..')
+    return name not in odd and not any(c in name for c in '/\\\0')

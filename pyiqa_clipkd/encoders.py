@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyiqa_clipkd.weights import Weights, read_weights
+from pyiqa_clipkd.weights import Weights, check_numbers, read_weights
 
 OPEN_CLIP, TIMM = 'open_clip:', 'timm:'
 
@@ -182,7 +182,9 @@ def load_backbone(backbone: nn.Module, path: str | Path) -> None:
             f'{type(backbone).__name__} are missing in {path} or have another shape, '
             f'first {problems[0]}.'
         )
-    backbone.load_state_dict({name: tensors[name] for name in wanted})
+    chosen = {name: tensors[name] for name in wanted}
+    check_numbers(chosen, {}, path)
+    backbone.load_state_dict(chosen)
 
 
 def open_gates(network: nn.Module) -> None:
@@ -259,6 +261,7 @@ def build_open_clip_model(
     quick_gelu |= _is_openai(weights)
     model = _random_model(name, quick_gelu)
     tensors = {k: v for k, v in weights.tensors.items() if k not in OPENAI_NUMBERS}
+    check_numbers(tensors, {}, weights.source)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -281,6 +284,7 @@ def _random_model(name: str, quick_gelu: bool, text: bool = True) -> nn.Module:
         return open_clip.create_model(
             name,
             force_quick_gelu=quick_gelu,
+            device='meta' if torch.get_default_device().type == 'meta' else 'cpu',
             **({} if text else {'text_cfg': dict(TEXT_STUB)}),
         )
     finally:

@@ -12,6 +12,41 @@ from pathlib import Path
 SHORT_HASH = 16
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, short enough for a message of ours."""
+    text = ' '.join(str(error).split())
+    return text if len(text) <= 300 else f'{text[:300]}...'
+
+
+# Bytes of a file of weights that is read: CLIP's largest take ten gigabytes.
+LARGEST_FILE = 16 << 30
+
+
+def checked_file(path: str | Path, what: str) -> Path:
+    """A plain file that can be read: no folder, device or pipe, which would not end.
+
+    Args:
+        path: may begin with `~`.
+        what: for messages, for instance `weight file`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is too large.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        there = '' if not path.exists() else ': that is a folder, a device or a pipe'
+        if path.is_symlink() and not there:
+            there = ': that is a link to nothing'
+        raise FileNotFoundError(f'There is no {what} {path}{there}.')
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(
+            f'{path} is no {what}: it has {path.stat().st_size} bytes, and at most '
+            f'{LARGEST_FILE} are read.'
+        )
+    return path
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it becomes `path` if nothing was raised."""

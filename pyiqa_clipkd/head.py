@@ -38,8 +38,10 @@ def arc_anchors(levels: int, embed_dim: int, seed: int = 0) -> Tensor:
         (levels, embed_dim), unit length.
     """
     generator = torch.Generator().manual_seed(seed)
-    plane, _ = torch.linalg.qr(torch.randn(embed_dim, 2, generator=generator))
-    angles = torch.linspace(-math.pi / 3, math.pi / 3, levels)
+    # Where a network is built without numbers (`check_fits`), these are there, too.
+    random = torch.randn(embed_dim, 2, generator=generator, device='cpu')
+    plane, _ = torch.linalg.qr(random)
+    angles = torch.linspace(-math.pi / 3, math.pi / 3, levels, device='cpu')
     return torch.stack([angles.sin(), angles.cos()], dim=1) @ plane.T
 
 
@@ -52,7 +54,8 @@ def in_full_precision(embedding: Tensor) -> tuple[Tensor, AbstractContextManager
     if embedding.dtype in (torch.float16, torch.bfloat16):
         embedding = embedding.float()
     kind = embedding.device.type
-    if not torch.amp.is_autocast_available(kind):
+    # Asked of other devices only: torch before 2.7 can't export the question.
+    if kind not in ('cpu', 'cuda') and not torch.amp.is_autocast_available(kind):
         return embedding, nullcontext()
     return embedding, torch.autocast(kind, enabled=False)
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pyiqa_clipkd.description import is_plain_name
+from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.names import ATTRIBUTES_SUFFIX, SUFFIX, weights_folder
 
 BUNDLED_FOLDER = Path(__file__).parent / 'bundled'
+
+# In it: what `sha256sum *.onnx *.safetensors` gives.
+SUMS = 'SHA256SUMS'
 
 
 def find_weights(name: str, path: str | Path | None = None) -> Path | None:
@@ -17,7 +22,12 @@ def find_weights(name: str, path: str | Path | None = None) -> Path | None:
 
     Raises:
         FileNotFoundError: if `path` was given but isn't there.
+        ValueError: if `name` would lead out of these folders.
     """
+    if path is None and not is_plain_name(name):
+        raise ValueError(
+            f'The name of a metric must be a plain word, but got {name!r}.'
+        )
     if path is not None:
         path = Path(path).expanduser()
         if not path.is_file():
@@ -30,6 +40,39 @@ def find_weights(name: str, path: str | Path | None = None) -> Path | None:
         if candidate.is_file():
             return candidate
     return None
+
+
+def check_bundled(path: Path, sha256: str) -> None:
+    """A file of the package must be as it was released; those of others may be any.
+
+    Args:
+        path: of weights or a graph.
+        sha256: of the file as it is.
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    if path.parent == BUNDLED_FOLDER and _sums().get(path.name, sha256) != sha256:
+        raise ValueError(
+            f'{path} is damaged or was changed: its SHA-256 is not that in {SUMS}. '
+            'Reinstall it: pip install --force-reinstall --no-deps pyiqa-clipkd'
+        )
+
+
+def state_sum(path: Path) -> None:
+    """Whoever makes a file of the package states what it is."""
+    if path.parent == BUNDLED_FOLDER:
+        sums = _sums() | {path.name: file_hash(path)}
+        lines = [f'{digest}  {name}\n' for name, digest in sorted(sums.items())]
+        (BUNDLED_FOLDER / SUMS).write_text(''.join(lines), encoding='utf-8')
+
+
+def _sums() -> dict[str, str]:
+    """Name -> SHA-256."""
+    file = BUNDLED_FOLDER / SUMS
+    text = file.read_text(encoding='utf-8') if file.is_file() else ''
+    lines = (line.split() for line in text.splitlines())
+    return {name: digest for digest, name in lines}
 
 
 def attributes_file(path: Path) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from pyiqa_clipkd.attributes.readout import find_readout
 from pyiqa_clipkd.files import file_hash
-from pyiqa_clipkd.locations import BUNDLED_FOLDER, find_weights
+from pyiqa_clipkd.locations import BUNDLED_FOLDER, check_bundled, find_weights
 from pyiqa_clipkd.names import RELEASED, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
 from pyiqa_clipkd.weights import read_weights
@@ -63,8 +63,10 @@ def _network(
         options = {**RELEASED[name], **changes}
         logger.info(f'{name}: weights {options["pretrained"]!r} of open_clip.')
         return build_from_config(options)
-    logger.info(f'{name}: weights {path.name}, SHA-256 {file_hash(path)[:8]}.')
     weights = read_weights(path)
+    sha256 = file_hash(path)
+    check_bundled(path, sha256)
+    logger.info(f'{name}: weights {path.name}, SHA-256 {sha256[:8]}.')
     if name in RELEASED and 'config' not in weights.metadata:
         return build_from_config({**RELEASED[name], **changes, 'pretrained': weights})
     return load_network(weights, **changes)

@@ -9,8 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyiqa_clipkd.description import KEY, ONNX
+from pyiqa_clipkd.description import ONNX
 from pyiqa_clipkd.files import SHORT_HASH, file_hash
+from pyiqa_clipkd.header import read_header
 from pyiqa_clipkd.locations import BUNDLED_FOLDER, attributes_file, find_weights
 from pyiqa_clipkd.names import METRICS, RELEASED, user_names, weights_folder
 
@@ -90,25 +91,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         ValueError: if it is damaged, with the reason.
     """
     with path.open('rb') as file:
-        start = file.read(8)
-        if start.startswith(TORCH_MAGIC):
+        if file.read(8).startswith(TORCH_MAGIC):
             return {}
-        length, size = int.from_bytes(start, 'little'), path.stat().st_size
-        if not 2 <= length <= size - 8:
-            raise ValueError('no weight file: it has no header of safetensors')
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        metadata = header.pop('__metadata__', {})
-        end = max((entry['data_offsets'][1] for entry in header.values()), default=0)
-        own = dict(json.loads(metadata.get(KEY, '{}')))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError('no weight file: its header is damaged') from error
-    if 8 + length + end != size:
-        raise ValueError(
-            f'damaged: {size} bytes, but its header says {8 + length + end}'
-        )
-    return own
+    metadata = read_header(path).metadata
+    for key in ('config', 'card'):
+        if not isinstance(metadata.get(key, {}), dict):
+            raise ValueError(f'no weight file: its `{key}` is no mapping')
+    return metadata
 
 
 def card(model: Model) -> str:

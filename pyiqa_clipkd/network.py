@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyiqa_clipkd.attributes.readout import AttributeReadout, AttributeValues
 from pyiqa_clipkd.encoders import (
     OPEN_CLIP,
+    PRESETS,
     Encoder,
     build_open_clip_model,
     build_timm_encoder,
@@ -24,7 +25,12 @@ from pyiqa_clipkd.encoders import (
 from pyiqa_clipkd.head import LikertHead, QualityOutput, RegressionHead, arc_anchors
 from pyiqa_clipkd.names import ATTRIBUTES_SUFFIX, DEFAULT_METRIC, LEVELS, SUFFIX
 from pyiqa_clipkd.preprocessing import CLIPPreprocessing, check_images, native_crops
-from pyiqa_clipkd.weights import Weights, encode_config, read_weights
+from pyiqa_clipkd.weights import (
+    Weights,
+    check_numbers,
+    encode_config,
+    read_weights,
+)
 
 # Equation 1.
 TEMPLATE = 'a photo of {} quality'
@@ -391,9 +397,32 @@ def load_network(path: str | Path | Weights, **changes: Any) -> QualityNetwork:
             'checkpoint of CLIPLikert or CLIPKDStudent, or a file written by '
             'scripts/publish.py.'
         )
+    if config.get('type') not in BUILDERS:
+        raise ValueError(
+            f'{weights.source} is of another network, {config.get("type")!r}: it must '
+            f'be one of {", ".join(BUILDERS)}.'
+        )
+    check_fits({**config, **changes}, weights)
     network = build_from_config(config, **changes)
     load_tensors(network, weights.tensors, weights.source)
+    check_numbers(weights.tensors, weights.metadata, weights.source)
     return network.eval()
+
+
+def check_fits(config: Mapping[str, Any], weights: Weights) -> None:
+    """The file must hold the network that it names, before that is built.
+
+    A few bytes can name one that takes more memory than there is. So it is built
+    without numbers first, but for the presets, which are small.
+
+    Raises:
+        ValueError: if it doesn't.
+    """
+    if config.get('encoder') in (*PRESETS, *PRESETS.values()):
+        return
+    with torch.device('meta'):
+        network = build_from_config(config)
+    check_shapes(network, weights.tensors, weights.source)
 
 
 def load_tensors(
@@ -404,7 +433,35 @@ def load_tensors(
     Raises:
         ValueError: if names or shapes differ.
     """
-    try:
-        network.load_state_dict({'_extra_state': torch.empty(0), **tensors})
-    except RuntimeError as error:
-        raise ValueError(f'{source} does not fit the network: {error}') from error
+    check_shapes(network, tensors, source)
+    network.load_state_dict({'_extra_state': torch.empty(0), **tensors})
+
+
+def check_shapes(
+    network: nn.Module, tensors: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """The tensors must be those of the network, without one more or less.
+
+    Raises:
+        ValueError: names the first of them that isn't.
+    """
+    wanted = network.state_dict()
+    wanted.pop('_extra_state', None)
+    problems = [
+        *(f'{name} is missing' for name in wanted if name not in tensors),
+        *(f'it has no {name}' for name in tensors if name not in wanted),
+        *(
+            f'{name} is {_kind(tensors[name])} instead of {_kind(tensor)}'
+            for name, tensor in wanted.items()
+            if name in tensors and _kind(tensors[name]) != _kind(tensor)
+        ),
+    ]
+    if problems:
+        rest = f', and {len(problems) - 1} more' if len(problems) > 1 else ''
+        raise ValueError(f'{source} does not fit the network: {problems[0]}{rest}.')
+
+
+def _kind(tensor: Tensor) -> str:
+    """Shape and sort of numbers; their precision may be another."""
+    sort = 'float' if tensor.is_floating_point() else str(tensor.dtype)[6:]
+    return f'{sort} {tuple(tensor.shape)}'

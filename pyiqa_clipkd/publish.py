@@ -16,6 +16,7 @@ from pyiqa_clipkd import __version__
 from pyiqa_clipkd.encoders import PRESETS
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.head import LikertHead
+from pyiqa_clipkd.locations import state_sum
 from pyiqa_clipkd.models import card_text
 from pyiqa_clipkd.names import PREFIX, SUFFIX, weights_folder
 from pyiqa_clipkd.network import QualityNetwork, load_network
@@ -92,6 +93,7 @@ def publish(
     }
     path = Path(folder or weights_folder()).expanduser() / f'{name}{SUFFIX}'
     write_weights(path, tensors, metadata)
+    state_sum(path)
     path.with_suffix('.md').write_text(model_card(path, metadata), encoding='utf-8')
     if host_table := sys.modules.get('pyiqa.default_model_configs'):
         from pyiqa_clipkd.host import add_metrics

@@ -9,27 +9,29 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pyiqa_clipkd.attributes.names import faults, named_attributes
+from pyiqa_clipkd.attributes.names import ATTRIBUTES, faults, named_attributes
 from pyiqa_clipkd.description import ATTRIBUTES as ATTRIBUTE_VALUES
 from pyiqa_clipkd.description import (
     EXTERNAL,
     INPUT_NAMES,
-    KEY,
     ONNX,
     PHOTOGRAPHS,
     PROBABILITIES,
     SCORE,
     SQUARES,
     Description,
+    is_plain_name,
 )
-from pyiqa_clipkd.files import SHORT_HASH, file_hash
+from pyiqa_clipkd.files import SHORT_HASH, checked_file, file_hash, one_line
 from pyiqa_clipkd.images import squares, upright
 from pyiqa_clipkd.locations import (
     BUNDLED_FOLDER,
     attributes_file,
     bundled_metrics,
+    check_bundled,
 )
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX, weights_folder
+from pyiqa_clipkd.onnx_file import describe_onnx
 from pyiqa_clipkd.scale import level_of, to_100
 
 # Endings of files that onnxruntime can't open, so what has one is no metric's name.
@@ -102,9 +104,10 @@ class Runtime:
                 f'`threads` must be a whole number >= 1, but got {threads!r}.'
             )
         self.path = find_model(model, attributes=bool(attributes))
+        self.description = _describe(self.path)
         self._session = _session(self.path, threads, providers)
+        _check_graph(self._session, self.path, self.description)
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self.description = _describe(self._session, self.path)
         has_attributes = bool(self.description.attributes)
         if attributes and not has_attributes:
             raise ValueError(
@@ -161,6 +164,8 @@ class Runtime:
         values = self._session.run(None, {name: batch})
         found = dict(zip(self._outputs, values, strict=True))
         why = found.get(ATTRIBUTE_VALUES) if self.attributes else None
+        if not np.isfinite(found[SCORE]).all():
+            raise ValueError(f'{self.path} gives scores that are no numbers.')
         return found[SCORE], found.get(PROBABILITIES), why
 
     def score(
@@ -233,10 +238,11 @@ def find_model(model: str | Path, *, attributes: bool = False) -> Path:
         FileNotFoundError: if there is none, with what to do.
     """
     if isinstance(model, Path) or model.lower().endswith(ONNX):
-        path = Path(model).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f'There is no model {path}.')
-        return path
+        return checked_file(model, 'model')
+    if not is_plain_name(model) or Path(model).suffix.lower() in NO_NAMES:
+        raise FileNotFoundError(
+            f'`model` must be the name of a metric or an {ONNX} file, but got {model}.'
+        )
     own, bundled = (
         Path(f) / f'{model}{ONNX}' for f in (weights_folder(), BUNDLED_FOLDER)
     )
@@ -245,10 +251,6 @@ def find_model(model: str | Path, *, attributes: bool = False) -> Path:
         own, bundled = attributes_file(own), attributes_file(bundled)
     if own.is_file():
         return own
-    if Path(model).name != model or Path(model).suffix.lower() in NO_NAMES:
-        raise FileNotFoundError(
-            f'`model` must be the name of a metric or an {ONNX} file, but got {model}.'
-        )
     export = f'pyiqa-clipkd export -m {model} {own} --input squares'
     what = 'ONNX model'
     if attributes:
@@ -301,39 +303,64 @@ def _session(path: Path, threads: int | None, providers: Sequence[str] | None) -
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # its errors have no common class
         raise ValueError(
-            f'{path} is damaged, is no ONNX model, or the weight file beside it is '
-            f'missing or another one ({error}).'
+            f'{path} is damaged or no ONNX model ({one_line(error)}).'
         ) from error
 
 
-def _describe(session: Any, path: Path) -> Description:
+def _describe(path: Path) -> Description:
     """What the model says of itself, if the weights beside it are its own."""
-    text = session.get_modelmeta().custom_metadata_map.get(KEY)
-    if text is None:
-        raise ValueError(
-            f'{path} was not written by `pyiqa-clipkd export`: it does not say what it '
-            'takes and gives.'
-        )
-    try:
-        description = Description.decode(text)
-    except ValueError as error:
-        raise ValueError(f'{path} has {error}.') from error
+    checked_file(path, 'model')
+    if path.parent == BUNDLED_FOLDER:
+        check_bundled(path, file_hash(path))
+    description = describe_onnx(path)
     if description.weights:
         weights = path.with_name(description.weights)
-        _check_made_of(path, weights, description.sha256)
+        external = description.precision == EXTERNAL
+        _check_made_of(path, weights, description.sha256, needed=external)
         if description.heads_sha256:
             heads = attributes_file(weights)
-            _check_made_of(path, heads, description.heads_sha256)
+            _check_made_of(path, heads, description.heads_sha256, needed=external)
     return description
 
 
-def _check_made_of(path: Path, source: Path, sha256: str) -> None:
+def _check_made_of(path: Path, source: Path, sha256: str, *, needed: bool) -> None:
     """A file that lies beside its model must be the one that it was made of."""
-    if not source.is_file():
+    if not needed and not source.is_file():
         return
-    found = file_hash(source)
+    try:
+        found = file_hash(checked_file(source, 'weight file'))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f'{path} is a graph alone: the weight file beside it is missing. {error}'
+        ) from error
     if found != sha256:
         raise ValueError(
             f'{path.name} was made of other weights (SHA-256 {sha256[:SHORT_HASH]}) '
             f'than {source} ({found[:SHORT_HASH]}): export it again.'
+        )
+
+
+def _check_graph(session: Any, path: Path, description: Description) -> None:
+    """The graph must take and give what its description says.
+
+    Raises:
+        ValueError: if it doesn't.
+    """
+    side = description.input_size
+    square = [3, side, side] if description.input == SQUARES else None
+    inputs = [(i.name, i.shape[1:]) for i in session.get_inputs()]
+    outputs = {o.name: o.shape[1:] for o in session.get_outputs()}
+    fits = (
+        len(inputs) == 1
+        and inputs[0][0] == INPUT_NAMES[description.input]
+        and (square is None or inputs[0][1] == square)
+        and outputs.pop(SCORE, None) == []
+        and outputs.pop(PROBABILITIES, [len(description.levels)])
+        == [len(description.levels)]
+        and outputs.pop(ATTRIBUTE_VALUES, [len(ATTRIBUTES)]) == [len(ATTRIBUTES)]
+        and tuple(description.attributes) in ((), ATTRIBUTES)
+    )
+    if not fits:
+        raise ValueError(
+            f'{path} is damaged: its graph takes or gives something else than it says.'
         )

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pyiqa_clipkd.checkpoints import read_checkpoint
 from pyiqa_clipkd.description import KEY as METADATA_KEY
-from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.files import checked_file, one_line, written_whole
+from pyiqa_clipkd.header import read_header
+from pyiqa_clipkd.network_config import OPTIONS, check_config
 from pyiqa_clipkd.plain_pickle import NeedsCodeError
 from pyiqa_clipkd.torchscript import is_torchscript, read_torchscript
 
@@ -34,6 +36,10 @@ TORCH_MAGIC = (b'PK', b'\x80')
 INT8_SIZE = 100_000
 INT8_MAX = 127
 INT8_SCALE = '.int8_scale'
+MOST_INT8 = 1 << 30
+
+# Bytes of a description inside a state dict.
+LARGEST_CONFIG = 1 << 20
 
 
 class Weights(NamedTuple):
@@ -67,10 +73,10 @@ def _is_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> Weights:
     from safetensors import safe_open
 
+    header = read_header(path)
     with safe_open(path, framework='pt') as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        text = (file.metadata() or {}).get(METADATA_KEY, '{}')
-    return Weights(unpack_int8(tensors), dict(json.loads(text)))
+        tensors = {name: file.get_tensor(name) for name in header.tensors}
+    return Weights(unpack_int8(tensors), header.metadata)
 
 
 def pack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,7 +105,20 @@ def pack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `pack_int8`, in float32; other tensors are left alone."""
+    """The inverse of `pack_int8`, in float32; other tensors are left alone.
+
+    Raises:
+        ValueError: if scales aren't one an output channel, or all of it is larger than
+            any network in eight bits that is known to us.
+    """
+    packed = [name for name in tensors if name + INT8_SCALE in tensors]
+    for name in packed:
+        tensor, scale = tensors[name], tensors[name + INT8_SCALE]
+        wanted = (*tensor.shape[:1], *(1 for _ in tensor.shape[1:]))
+        if scale.shape != wanted or tensor.dtype != torch.int8:
+            raise ValueError(f'{name} has scales of another shape or type')
+    if sum(tensors[name].numel() for name in packed) > MOST_INT8:
+        raise ValueError(f'more than {MOST_INT8} numbers in eight bits')
     return {
         name: tensor * tensors[name + INT8_SCALE]
         if name + INT8_SCALE in tensors
@@ -120,6 +139,43 @@ def _read_torch(path: Path) -> Weights:
         raise _RefusedError(f'{path} holds no state dict, but {error}.') from error
 
 
+def _check_metadata(metadata: dict[str, Any], path: Path) -> None:
+    """What a file says of its network decides what is built: it must be plausible."""
+    config = metadata.get('config', {})
+    try:
+        if not isinstance(config, Mapping):
+            raise ValueError(f'its `config` is no mapping, but {type(config).__name__}')
+        if config.get('type') in OPTIONS:  # else the file is of other programs or heads
+            metadata['config'] = check_config(config)
+    except (TypeError, ValueError) as error:
+        raise _RefusedError(f'{path} is refused: {error}.') from error
+
+
+def check_numbers(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], source: str | Path
+) -> None:
+    """Refuse what no training gives: NaN, infinite numbers, and changed ones.
+
+    Args:
+        tensors: of known shapes.
+        metadata: of the same file; where it states the hash of its tensors, they must
+            have it.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: says which tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f'{source} is damaged: {name} holds numbers like NaN.')
+    stated = metadata.get('tensors_sha256')
+    if stated is not None and stated != tensors_hash(tensors):
+        raise ValueError(
+            f'{source} is damaged or was changed: its tensors have another SHA-256 '
+            'than it states. Get it again.'
+        )
+
+
 def read_weights(path: str | Path) -> Weights:
     """Read a weight file. No code in it is ever executed, of Python or TorchScript.
 
@@ -129,11 +185,10 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, no weight file, or would need unpickling.
+        ValueError: if the file is damaged, no weight file, would need unpickling, or
+            says of its network what can't be.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f'There is no weight file {path}.')
+    path = checked_file(path, 'weight file')
     if path.suffix.lower() in EXPORTED:
         raise ValueError(
             f'{path} is an exported model ({EXPORTED[path.suffix.lower()]}), no weight '
@@ -152,13 +207,16 @@ def read_weights(path: str | Path) -> Weights:
         raise
     except NeedsCodeError as error:
         raise _RefusedError(
-            f'{path} is refused: it holds more than tensors and plain values, and '
-            'loading it could run code. Save its state dict alone, or as safetensors.'
+            f'{path} is refused: it holds more than tensors and plain values '
+            f'({one_line(error)}), and loading it could run code. Save its state dict '
+            'alone, or as safetensors.'
         ) from error
     except Exception as error:
         raise ValueError(
-            f'{path} is damaged or no weight file ({type(error).__name__}: {error}).'
+            f'{path} is damaged or no weight file ({type(error).__name__}: '
+            f'{one_line(error)}).'
         ) from error
+    _check_metadata(weights.metadata, path)
     return weights._replace(source=str(path))
 
 
@@ -168,8 +226,17 @@ def encode_config(config: dict[str, Any]) -> Tensor:
 
 
 def decode_config(encoded: Tensor) -> dict[str, Any]:
-    """The inverse of `encode_config`."""
-    return json.loads(bytes(encoded.tolist()).decode())
+    """The inverse of `encode_config`.
+
+    Raises:
+        ValueError: if it is no such tensor.
+    """
+    if encoded.dtype != torch.uint8 or not 2 <= encoded.numel() <= LARGEST_CONFIG:
+        raise ValueError(f'a description of {encoded.numel()} {encoded.dtype}')
+    config = json.loads(bytes(encoded.tolist()).decode())
+    if not isinstance(config, dict):
+        raise ValueError(f'a description that is {type(config).__name__}')
+    return config
 
 
 def write_weights(

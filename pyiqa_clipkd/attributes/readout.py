@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pyiqa_clipkd.attributes.names import ATTRIBUTES, faults, named_attributes
 from pyiqa_clipkd.files import SHORT_HASH, file_hash
 from pyiqa_clipkd.head import in_full_precision
-from pyiqa_clipkd.locations import attributes_file
-from pyiqa_clipkd.weights import read_weights, write_weights
+from pyiqa_clipkd.locations import attributes_file, check_bundled, state_sum
+from pyiqa_clipkd.weights import check_numbers, read_weights, write_weights
 
 logger = logging.getLogger('pyiqa')
 
@@ -152,7 +152,7 @@ def write_readout(
         name: tensor.half() if tensor.dim() > 1 else tensor
         for name, tensor in readout.tensors().items()
     }
-    return write_weights(
+    path = write_weights(
         attributes_file(weights),
         stored,
         {
@@ -161,6 +161,8 @@ def write_readout(
             **metadata,
         },
     )
+    state_sum(path)
+    return path
 
 
 def find_readout(weights: Path) -> AttributeReadout | None:
@@ -175,6 +177,7 @@ def find_readout(weights: Path) -> AttributeReadout | None:
     if not path.is_file():
         return None
     stored = read_weights(path)
+    check_bundled(path, file_hash(path))
     digest = file_hash(weights)
     if stored.metadata.get('belongs_to') != digest:
         logger.warning(
@@ -183,7 +186,13 @@ def find_readout(weights: Path) -> AttributeReadout | None:
         )
         return None
     try:
-        readout = AttributeReadout(**stored.metadata['config'])
+        config = stored.metadata['config']
+        check_numbers(stored.tensors, stored.metadata, path)
+        # Before anything is built: a file may claim any size.
+        wide = (config['width'], 2 * sum(config['channels']))
+        if tuple(stored.tensors['hidden_weight'].shape) != wide:
+            raise ValueError('attribute heads have another hidden_weight')
+        readout = AttributeReadout(**config)
         return readout.set({n: t.float() for n, t in stored.tensors.items()})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is damaged or holds no heads ({error}).') from error

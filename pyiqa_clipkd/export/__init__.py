@@ -25,13 +25,13 @@ from pyiqa_clipkd.export.graph import (
     DTYPES,
     point_to_weights,
     quantize,
-    read_header,
     to_onnx,
     without_traces,
 )
 from pyiqa_clipkd.export.network import half, traced, traced_without_weights
 from pyiqa_clipkd.files import file_hash, written_whole
-from pyiqa_clipkd.locations import attributes_file, find_weights
+from pyiqa_clipkd.header import read_header
+from pyiqa_clipkd.locations import attributes_file, find_weights, state_sum
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX
 from pyiqa_clipkd.network import QualityNetwork
@@ -203,9 +203,9 @@ def write_graph(metric: str, folder: str | Path, *, attributes: bool = False) ->
     stored = {
         prefix + name: tensor
         for prefix, file in files.items()
-        for header, _ in [read_header(file)]
+        for header in [read_header(file)]
         for name, tensor in load_file(file).items()
-        if header[name]['dtype'] in DTYPES
+        if header.tensors[name]['dtype'] in DTYPES
     }
     model = to_onnx(
         traced_without_weights(source.network, stored, attributes=attributes),
@@ -217,4 +217,5 @@ def write_graph(metric: str, folder: str | Path, *, attributes: bool = False) ->
     with written_whole(path) as partial:
         model = point_to_weights(without_traces(model), files)
         partial.write_bytes(model.SerializeToString())
+    state_sum(path)
     return path

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from pyiqa_clipkd.description import (
     SCORE,
     Description,
 )
+from pyiqa_clipkd.header import read_header
 
 if TYPE_CHECKING:
     import onnx
@@ -117,15 +116,6 @@ def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 # --- weights that stay in their file --------------------------------------------------
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Of a safetensors file: name -> dtype, shape and offsets, and where data begin."""
-    with path.open('rb') as file:
-        (size,) = struct.unpack('<Q', file.read(8))
-        header = json.loads(file.read(size))
-    header.pop('__metadata__', None)
-    return header, 8 + size
-
-
 def point_to_weights(
     model: onnx.ModelProto, files: Mapping[str, Path]
 ) -> onnx.ModelProto:
@@ -136,10 +126,10 @@ def point_to_weights(
         files: prefix -> a file; the model must lie beside all of them.
     """
     known = {
-        prefix + name: (entry, begin, path.name)
+        prefix + name: (entry, header.begin, path.name)
         for prefix, path in files.items()
-        for header, begin in [read_header(path)]
-        for name, entry in header.items()
+        for header in [read_header(path)]
+        for name, entry in header.tensors.items()
     }
     used = {name for node in model.graph.node for name in node.input}
     further = [value.name for value in model.graph.input[1:]]
