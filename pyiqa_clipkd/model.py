@@ -37,7 +37,7 @@ from pyiqa_clipkd.options import with_split, without_weights
 from pyiqa_clipkd.projection import start_projection
 from pyiqa_clipkd.teacher_cache import TeacherCache, view_key
 from pyiqa_clipkd.views import check_views, one_view_each
-from pyiqa_clipkd.weights import read_weights
+from pyiqa_clipkd.weights import check_numbers, read_weights
 
 PER_ITERATION = 'CosinePerIteration'
 PROJECTION_STARTS = ('default', 'ridge')
@@ -296,6 +296,7 @@ class CLIPKDModel(GeneralIQAModel):
             ValueError: if the file is refused, or `strict` and it doesn't fit.
         """
         tensors: dict[str, Tensor] = dict(read_weights(load_path).tensors)
+        check_numbers(tensors, {}, load_path)
         tensors['_extra_state'] = torch.empty(0)
         self._print_different_keys_loading(net, tensors, strict)
         try:

@@ -296,11 +296,13 @@ def _session(path: Path, threads: int | None, providers: Sequence[str] | None) -
             'other builds of onnxruntime.'
         )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; its warnings are about its own fusions
+    options.log_severity_level = 4  # what it says below that is raised, too
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=providers, enable_fallback=0
+        )
     except Exception as error:  # its errors have no common class
         raise ValueError(
             f'{path} is damaged or no ONNX model ({one_line(error)}).'

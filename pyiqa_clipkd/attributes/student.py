@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.encoders import OPEN_CLIP, build_timm_encoder, resolve_encoder
 from pyiqa_clipkd.head import in_full_precision
-from pyiqa_clipkd.network import load_tensors
+from pyiqa_clipkd.network import check_shapes, load_tensors
 from pyiqa_clipkd.preprocessing import CLIPPreprocessing
 from pyiqa_clipkd.weights import Weights, encode_config, read_weights
 
@@ -136,6 +136,8 @@ def load_attribute_student(path: str | Path | Weights) -> AttributeStudent:
             f'{weights.source} must be a checkpoint of an AttributeStudent, but it '
             f'{f"is one of {kind}" if kind else "names no network"}.'
         )
+    with torch.device('meta'):  # a file may name a network that no memory can hold
+        check_shapes(AttributeStudent(**config), weights.tensors, weights.source)
     student = AttributeStudent(**config)
     load_tensors(student, weights.tensors, weights.source)
     return student.eval()

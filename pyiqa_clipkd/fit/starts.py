@@ -78,7 +78,7 @@ def find_start(student: str, start: str = PUBLISHED) -> Start:
             f'is of a {config.get("type")} with {config.get("encoder")}.'
         )
     words = name if start == PUBLISHED else str(path)
-    return Start(path.expanduser(), None, config['input_size'], words)
+    return Start(path.expanduser(), None, config.get('input_size', 224), words)
 
 
 def imagenet_weights(encoder: str) -> str:
