@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyiqa_clipkd.files import one_line
 from pyiqa_clipkd.weights import Weights, check_numbers, read_weights
 
 OPEN_CLIP, TIMM = 'open_clip:', 'timm:'
@@ -266,7 +267,7 @@ def build_open_clip_model(
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
-            f'`pretrained`: {weights.source} does not fit {name}: {error}'
+            f'`pretrained`: {weights.source} does not fit {name}: {one_line(error)}'
         ) from error
     return model
 

@@ -402,8 +402,13 @@ def load_network(path: str | Path | Weights, **changes: Any) -> QualityNetwork:
             f'{weights.source} is of another network, {config.get("type")!r}: it must '
             f'be one of {", ".join(BUILDERS)}.'
         )
-    check_fits({**config, **changes}, weights)
-    network = build_from_config(config, **changes)
+    try:
+        check_fits({**config, **changes}, weights)
+        network = build_from_config(config, **changes)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if weights.source in str(error):
+            raise
+        raise ValueError(f'{weights.source}: {error}') from error
     load_tensors(network, weights.tensors, weights.source)
     check_numbers(weights.tensors, weights.metadata, weights.source)
     return network.eval()

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from pyiqa_clipkd.files import one_line
+
+# Of one option file; ours have a hundred.
+MOST_PARTS = 100_000
 
 BASE = '_base_'
 DATA = 'data'
@@ -112,7 +117,10 @@ def _load(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         needed = f' (needed by {parents[-1]})' if parents else ''
         raise FileNotFoundError(f'There is no option file {path}{needed}.')
-    own = _unshared(yaml.safe_load(path.read_text(encoding='utf-8')))
+    try:
+        own = _unshared(yaml.safe_load(path.read_text(encoding='utf-8')))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f'{path} is damaged: {one_line(error)}.') from error
     if not isinstance(own, dict):
         raise ValueError(f'{path} must hold a mapping, but got {type(own).__name__}.')
     options: dict[str, Any] = {}
@@ -123,10 +131,20 @@ def _load(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which no part is shared, as YAML's `*references` make it."""
+    """A copy in which no part is shared, as YAML's `*references` make it.
+
+    Raises:
+        ValueError: if a few references unfold to more than any option file has.
+    """
+    return _copy(value, iter(range(MOST_PARTS)))
+
+
+def _copy(value: Any, left: Iterator[int]) -> Any:
+    if next(left, None) is None:
+        raise ValueError(f'it unfolds to more than {MOST_PARTS} parts')
     if isinstance(value, dict):
-        return {key: _unshared(part) for key, part in value.items()}
-    return [_unshared(part) for part in value] if isinstance(value, list) else value
+        return {key: _copy(part, left) for key, part in value.items()}
+    return [_copy(part, left) for part in value] if isinstance(value, list) else value
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

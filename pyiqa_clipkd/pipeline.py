@@ -33,6 +33,7 @@ from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.options import load_options, without_weights
 from pyiqa_clipkd.ranking import BatchWithCopies
 from pyiqa_clipkd.views import EpochSampler, SeededDataset
+from pyiqa_clipkd.weights import load_training_file
 
 
 def train(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -275,7 +276,7 @@ def load_training_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     if path is None:
         return None
     opt['path']['resume_state'] = str(path)
-    return torch.load(path, map_location='cpu', weights_only=True)
+    return load_training_file(path)
 
 
 def _append_medians(path: Path) -> None:

@@ -220,6 +220,23 @@ def read_weights(path: str | Path) -> Weights:
     return weights._replace(source=str(path))
 
 
+def load_training_file(path: str | Path) -> Any:
+    """A checkpoint or state that a training goes on from: also what optimizers keep.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds more than tensors and plain values.
+    """
+    path = checked_file(path, 'checkpoint')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f'{path} is damaged, or refused: only tensors and plain values are read '
+            f'({type(error).__name__}: {one_line(error)}).'
+        ) from error
+
+
 def encode_config(config: dict[str, Any]) -> Tensor:
     """A network's description as a uint8 tensor, so that any checkpoint can hold it."""
     return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
