@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+HOST = 'pyiqa'
 HOST_TABLE = 'pyiqa.default_model_configs'
+
+# Entry points that a host may read by itself (host_entry_points.patch): no hook then.
+HOST_GROUP = 'pyiqa.metric_configs'
 OLDEST_HOST = '0.1.16'
 OPT_OUT = 'PYIQA_CLIPKD_AUTOLOAD'
 
@@ -31,10 +35,11 @@ def start() -> None:
 def install(*, strict: bool = False) -> None:
     """Add our metrics now, or as soon as pyiqa's table of metrics is imported.
 
-    Again is fine. Once strict, it stays strict.
+    Again is fine. Once strict, it stays strict. A pyiqa that has no place for us is one
+    RuntimeWarning in any case: all that doesn't need it goes on.
 
     Args:
-        strict: raise what goes wrong; without, it becomes one RuntimeWarning.
+        strict: raise what is wrong with this package; without, it is that warning, too.
     """
     for finder in sys.meta_path:
         # By name: the finder may come from the start-up copy of this file.
@@ -43,6 +48,8 @@ def install(*, strict: bool = False) -> None:
             return
     if HOST_TABLE in sys.modules:
         _register(strict)
+    elif HOST in sys.modules:
+        _check_there()
     else:
         sys.meta_path.insert(0, PyiqaClipkdFinder(strict))
 
@@ -59,7 +66,7 @@ class PyiqaClipkdFinder:
         path: 'Sequence[str] | None' = None,
         target: 'ModuleType | None' = None,
     ) -> 'ModuleSpec | None':
-        if fullname != HOST_TABLE or not (self.strict or _turned_on()):
+        if fullname not in (HOST, HOST_TABLE) or not (self.strict or _turned_on()):
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, 'find_spec', None)
@@ -92,9 +99,14 @@ class _Loader:
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
+        if module.__name__ == HOST and HOST_TABLE not in sys.modules:
+            _check_there()
+            return
         # Only now: if pyiqa failed, the user may import it again.
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
+        if module.__name__ == HOST:
+            return
         try:
             _register(self.finder.strict)
         except Exception:
@@ -106,26 +118,61 @@ def _turned_on() -> bool:
     return os.environ.get(OPT_OUT) != '0'
 
 
+def _check_there() -> None:
+    """Warn if pyiqa is there, but its table can't be found any more."""
+    host = sys.modules[HOST]
+    for finder in sys.meta_path:
+        find_spec = getattr(finder, 'find_spec', None)
+        if find_spec and find_spec(HOST_TABLE, getattr(host, '__path__', None)):
+            return  # imported later
+    _warn(
+        f'This pyiqa has no `{HOST_TABLE}`, which our metrics are added to: it is too '
+        f'new. Upgrade pyiqa-clipkd, or downgrade pyiqa: pip install '
+        f"'pyiqa=={OLDEST_HOST}'."
+    )
+
+
 def _register(strict: bool) -> None:
+    if _host_reads_entry_points():
+        return
     try:
         # Not strict: this may be the first import of our package, which is strict.
         from pyiqa_clipkd.host import add_metrics
 
         add_metrics(_host_table())
+    except RuntimeError as error:
+        _warn(str(error))
     except Exception as error:
         if strict:
             raise
-        import warnings
+        _warn(f'{type(error).__name__}: {error}. Reinstall pyiqa-clipkd.')
 
-        cause = str(error)
-        if not isinstance(error, RuntimeError):
-            cause = f'{type(error).__name__}: {error}. Reinstall pyiqa-clipkd.'
-        warnings.warn(
-            f'pyiqa has no clipkd metrics. {cause} `import pyiqa_clipkd` shows where '
-            f'it failed; {OPT_OUT}=0 in the environment turns this off.',
-            RuntimeWarning,
-            stacklevel=2,
-        )
+
+def _warn(cause: str) -> None:
+    """Once a process: a start and an import of the package may both get here."""
+    host = sys.modules[HOST]
+    if getattr(host, '_clipkd_warned', False):
+        return
+    host._clipkd_warned = True  # type: ignore[attr-defined]
+    import warnings
+
+    warnings.warn(
+        f'pyiqa has no clipkd metrics. {cause} Everything that needs no pyiqa works: '
+        'the command pyiqa-clipkd, `pyiqa_clipkd.runtime.Runtime`, '
+        f'`pyiqa_clipkd.metric.CLIPKDMetric`. {OPT_OUT}=0 in the environment turns '
+        'this off.',
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _host_reads_entry_points() -> bool:
+    """Whether pyiqa itself adds the metrics that our installed package declares."""
+    if getattr(sys.modules[HOST_TABLE], 'ENTRY_POINT_GROUP', None) != HOST_GROUP:
+        return False
+    from importlib.metadata import entry_points
+
+    return any(point.name == 'pyiqa_clipkd' for point in entry_points(group=HOST_GROUP))
 
 
 def _host_table() -> 'dict[str, Any]':
@@ -155,18 +202,27 @@ def _host_table() -> 'dict[str, Any]':
     return table
 
 
-def _host_version() -> str:
+def _host_module(name: str) -> 'ModuleType':
     from importlib import import_module
 
-    return str(import_module('pyiqa.version').__version__)
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f'This pyiqa has no `{error.name}`: it is too new. Upgrade pyiqa-clipkd, '
+            f"or downgrade pyiqa: pip install 'pyiqa=={OLDEST_HOST}'."
+        ) from error
+
+
+def _host_version() -> str:
+    return str(getattr(_host_module('pyiqa.version'), '__version__', '0'))
 
 
 def _host_loads_plugins() -> bool:
     """Whether pyiqa's registries look for entry points, as ours are."""
-    from importlib import import_module
     from inspect import signature
 
-    registry = getattr(import_module('pyiqa.utils.registry'), 'Registry', None)
+    registry = getattr(_host_module('pyiqa.utils.registry'), 'Registry', None)
     return registry is not None and (
         'entry_point_group' in signature(registry).parameters
     )

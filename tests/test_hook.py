@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 import pyiqa_clipkd
 from pyiqa_clipkd import loss, network
 from pyiqa_clipkd._build import startup_files
-from pyiqa_clipkd.names import METRICS
+from pyiqa_clipkd.names import DEFAULT_METRIC, METRICS
 
 PACKAGE_ROOT = Path(pyiqa_clipkd.__file__).parents[1]
+
+PHOTOS = Path(__file__).parent / 'photos'
+COFFEE = PHOTOS / 'coffee.jpg'
 
 # What a host without us prints.
 LIST_MODELS = 'import pyiqa; print(*pyiqa.list_models())'
@@ -24,7 +32,7 @@ NO_TABLE = {'table': 'METRICS = {"psnr": {}}'}
 ODD_TABLE = {'table': 'METRICS = DEFAULT_CONFIGS = ("psnr",)'}
 OLD = {'version': '0.1.15.post1'}
 NO_PLUGINS = {'registry': 'class Registry:\n    def __init__(self, name): ...\n'}
-UNFIT_HOSTS = [
+UNFIT_HOSTS: list[Any] = [
     pytest.param(
         NO_TABLE, ['must be a dict, but got NoneType', 'downgrade pyiqa'], id='no table'
     ),
@@ -35,6 +43,21 @@ UNFIT_HOSTS = [
         OLD,
         ['pyiqa must be 0.1.16 or newer, but got 0.1.15.post1', "'pyiqa>=0.1.16'"],
         id='old version',
+    ),
+    pytest.param(
+        {'table': None},
+        ['has no `pyiqa.default_model_configs`', "'pyiqa==0.1.16'"],
+        id='table moved',
+    ),
+    pytest.param(
+        {'version': None},
+        ['has no `pyiqa.version`', 'downgrade pyiqa'],
+        id='no version',
+    ),
+    pytest.param(
+        {'registry': None},
+        ['has no `pyiqa.utils.registry`', 'downgrade pyiqa'],
+        id='registry moved',
     ),
     pytest.param(
         NO_PLUGINS,
@@ -57,28 +80,39 @@ def site(tmp_path: Path) -> Path:
 def write_host(
     tmp_path: Path,
     *,
-    table: str = 'METRICS = DEFAULT_CONFIGS = {"psnr": {}}',
-    version: str = '0.1.16',
-    registry: str = (
+    table: str | None = 'METRICS = DEFAULT_CONFIGS = {"psnr": {}}',
+    version: str | None = '0.1.16',
+    registry: str | None = (
         'class Registry:\n    def __init__(self, name, entry_point_group=None): ...\n'
     ),
 ) -> Path:
-    """A package `pyiqa` with the modules that the hook looks at."""
+    """A package `pyiqa` with the modules that the hook looks at.
+
+    `None` for one that it hasn't.
+    """
     folder = tmp_path / 'host'
     (folder / 'pyiqa' / 'utils').mkdir(parents=True)
-    files = {
+    files: dict[str, str | None] = {
         '__init__.py': 'from pyiqa.api_helpers import list_models',
         'api_helpers.py': (
             'from pyiqa.default_model_configs import METRICS\n'
             'def list_models(): return list(METRICS)\n'
         ),
         'default_model_configs.py': table,
-        'version.py': f'__version__ = {version!r}',
+        'version.py': version and f'__version__ = {version!r}',
         'utils/__init__.py': '',
         'utils/registry.py': registry,
     }
+    if table is None:  # it has moved
+        files['api_helpers.py'] = (
+            'from pyiqa.metrics_table import METRICS\n'
+            'def list_models(): return list(METRICS)\n'
+        )
+        files['metrics_table.py'] = 'METRICS = {"psnr": {}}'
+        del files['default_model_configs.py']
     for name, text in files.items():
-        (folder / 'pyiqa' / name).write_text(text)
+        if text is not None:
+            (folder / 'pyiqa' / name).write_text(text)
     return folder
 
 
@@ -249,7 +283,7 @@ def test_an_import_of_the_package_always_adds_the_metrics(
 
 @pytest.mark.parametrize(('host', 'causes'), UNFIT_HOSTS)
 def test_an_unfit_host_gets_one_warning_and_keeps_its_metrics(
-    tmp_path: Path, site: Path, host: dict[str, str], causes: list[str]
+    tmp_path: Path, site: Path, host: dict[str, str | None], causes: list[str]
 ) -> None:
     process = python(LIST_MODELS, write_host(tmp_path, **host), PACKAGE_ROOT, site=site)
     assert process.returncode == 0, process.stderr
@@ -265,25 +299,87 @@ def test_an_unfit_host_gets_one_warning_and_keeps_its_metrics(
 @pytest.mark.parametrize(
     'imports', ['import pyiqa_clipkd, pyiqa', 'import pyiqa, pyiqa_clipkd']
 )
-def test_with_an_unfit_host_an_import_of_the_package_raises(
+def test_with_an_unfit_host_an_import_of_the_package_warns_once_and_goes_on(
     tmp_path: Path,
     site: Path,
-    host: dict[str, str],
+    host: dict[str, str | None],
     causes: list[str],
     started: bool,
     imports: str,
 ) -> None:
     process = python(
-        imports,
+        f'{imports}, pyiqa_clipkd.names; print(*pyiqa_clipkd.names.METRICS)',
         write_host(tmp_path, **host),
         PACKAGE_ROOT,
         site=site if started else None,
     )
-    assert process.returncode == 1
-    assert 'Traceback' in process.stderr
-    assert 'in _host_table' in process.stderr
-    assert process.stderr.splitlines()[-1].startswith('RuntimeError: ')
-    assert causes[0] in process.stderr.splitlines()[-1]
+    assert (process.returncode, process.stdout.split()) == (0, [*METRICS])
+    assert process.stderr.count('Warning: ') == 1
+    assert causes[0] in process.stderr
+
+
+def start_up(site: Path) -> str:
+    """Code that runs our start-up files, where the environment's own are off."""
+    return (
+        'import os; del os.environ["PYIQA_CLIPKD_AUTOLOAD"]\n'
+        f'import site; site.addsitedir({str(site)!r})\n'
+    )
+
+
+# Everything that a user does without pyiqa, with a pyiqa that has no place for us.
+GOES_ON = """
+import sys, warnings
+warnings.simplefilter('ignore', DeprecationWarning)
+warnings.simplefilter('ignore', FutureWarning)
+import pyiqa, pyiqa_clipkd
+from pyiqa_clipkd.command import main
+from pyiqa_clipkd.metric import CLIPKDMetric
+from pyiqa_clipkd.runtime import Runtime
+photo, name = sys.argv[1:]
+print(round(Runtime(name).score(photo).score, 2))
+import torch
+print(tuple(CLIPKDMetric(name)(torch.rand(1, 3, 64, 64)).shape))
+codes = [
+    main(['score', 'photos', '-o', 'a.csv', '--quiet']),
+    main(['score', 'photos', '-o', 'b.csv', '--backend', 'torch', '--quiet']),
+    main(['report', 'a.csv']),
+    main(['compare', 'a.csv', 'b.csv']),
+    main(['models']),
+    main(['export', '-m', name, 'out.pt2', '--input', 'squares', '--check', 'photos']),
+]
+print('codes', *codes)
+"""
+
+
+@pytest.mark.slow
+def test_with_a_host_that_lacks_everything_the_rest_works(
+    tmp_path: Path, site: Path
+) -> None:
+    (tmp_path / 'photos').mkdir()
+    with Image.open(COFFEE) as image:
+        for n in range(6):
+            view = image.crop((8 * n, 8 * n, image.width, image.height))
+            view.save(tmp_path / 'photos' / f'{n}.png')
+    host = write_host(tmp_path, **NO_TABLE, **NO_PLUGINS)
+    process = subprocess.run(
+        [sys.executable, '-c', start_up(site) + GOES_ON, str(COFFEE), DEFAULT_METRIC],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            'PYIQA_CLIPKD_AUTOLOAD': '0',  # of the environment's own hook
+            'PYTHONPATH': os.pathsep.join(map(str, (host, PACKAGE_ROOT))),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert lines[0] == '3.95'
+    assert '(1, 1)' in lines
+    assert 'codes 0 0 0 0 0 0' in lines, process.stderr
+    assert process.stderr.count('pyiqa has no clipkd metrics') == 1
 
 
 @pytest.mark.parametrize('started', [True, False])
@@ -411,3 +507,141 @@ def test_the_real_host_lists_our_metrics_and_the_users_own_weights(
     listed = json.loads(process.stdout.splitlines()[-1])
     assert {name for name in listed if 'clipkd' in name} == {*METRICS, 'clipkd_mine'}
     assert 'brisque' in listed
+
+
+# --- a host that reads entry points -----------------------------------------------
+
+
+@pytest.fixture
+def patched(tmp_path: Path) -> Path:
+    """A copy of the installed pyiqa with the patch that we offer."""
+    spec = find_spec('pyiqa')
+    assert spec is not None
+    assert spec.origin is not None
+    folder = tmp_path / 'patched'
+    shutil.copytree(
+        Path(spec.origin).parent,
+        folder / 'pyiqa',
+        ignore=shutil.ignore_patterns('__pycache__'),
+    )
+    patch = PACKAGE_ROOT / 'pyiqa_clipkd' / 'host_entry_points.patch'
+    applied = subprocess.run(
+        ['git', 'apply', '--unidiff-zero', str(patch)],
+        cwd=folder,
+        env={**os.environ, 'GIT_CEILING_DIRECTORIES': str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert applied.returncode == 0, applied.stderr
+    return folder
+
+
+@pytest.fixture
+def declared(tmp_path: Path) -> Path:
+    """The metadata of our package as an install of this checkout would write them."""
+    setup = configparser.ConfigParser(delimiters='=')
+    setup.read(PACKAGE_ROOT / 'setup.cfg')
+    folder = tmp_path / 'metadata' / 'pyiqa_clipkd-0.1.0.dist-info'
+    folder.mkdir(parents=True)
+    (folder / 'METADATA').write_text('Name: pyiqa-clipkd\nVersion: 0.1.0\n')
+    points = setup['options.entry_points'].items()
+    lines = [f'[{group}]\n{names.strip()}\n' for group, names in points]
+    (folder / 'entry_points.txt').write_text('\n'.join(lines))
+    return folder.parent
+
+
+QUIET = ('-W', 'ignore::DeprecationWarning', '-W', 'ignore::FutureWarning')
+
+
+@pytest.mark.parametrize(
+    ('started', 'code'),
+    [
+        (True, 'import pyiqa'),
+        pytest.param(False, 'import pyiqa', marks=pytest.mark.slow),
+        pytest.param(True, 'import pyiqa, pyiqa_clipkd', marks=pytest.mark.slow),
+    ],
+)
+def test_a_host_with_our_patch_finds_the_metrics_by_itself(
+    patched: Path, declared: Path, site: Path, started: bool, code: str
+) -> None:
+    # The hook would be seen: `pyiqa_clipkd.host` is what it adds with, and only it.
+    code = (
+        f'{start_up(site) if started else ""}{code}\n'
+        'import json, sys\n'
+        'print("pyiqa_clipkd.host" in sys.modules)\n'
+        'print(json.dumps(sorted(n for n in pyiqa.list_models() if "clipkd" in n)))\n'
+        'metric = pyiqa.create_metric("clipkd_efficientnet_lite", device="cpu")\n'
+        f'print(round(metric({str(COFFEE)!r}).item(), 2))'
+    )
+    process = python(
+        code,
+        patched,
+        declared,
+        PACKAGE_ROOT,
+        options=QUIET,
+        PYIQA_CLIPKD_AUTOLOAD='0',
+    )
+    assert process.returncode == 0, process.stderr
+    assert 'clipkd' not in process.stderr
+    *_, hooked, names, score = process.stdout.splitlines()
+    assert hooked == 'False'
+    assert json.loads(names) == sorted(METRICS)
+    assert float(score) == pytest.approx(3.95, abs=0.01)
+
+
+@pytest.mark.slow
+def test_with_our_patch_the_host_s_command_lists_them_too(
+    patched: Path, declared: Path
+) -> None:
+    code = 'import sys; sys.argv = ["pyiqa", "-ls"]; from pyiqa.pyiqa_cmd import main; '
+    process = python(
+        f'{code} main()',
+        patched,
+        declared,
+        PACKAGE_ROOT,
+        options=QUIET,
+        PYIQA_CLIPKD_AUTOLOAD='0',
+    )
+    assert process.returncode == 0, process.stderr
+    assert all(name in process.stdout for name in METRICS)
+
+
+@pytest.mark.slow
+def test_a_host_with_our_patch_but_no_metadata_of_ours_gets_the_hook(
+    patched: Path, site: Path
+) -> None:
+    """A checkout on the path, with start-up files of before: nothing is declared."""
+    code = f'{start_up(site)}import pyiqa\nprint(*pyiqa.list_models("NR"))'
+    process = python(
+        # What is installed here may declare it.
+        'import importlib.metadata as m; m.entry_points = lambda **_: m.EntryPoints()\n'
+        + code,
+        patched,
+        PACKAGE_ROOT,
+        options=QUIET,
+        PYIQA_CLIPKD_AUTOLOAD='0',
+    )
+    assert process.returncode == 0, process.stderr
+    assert {*METRICS} < {*process.stdout.split()}
+
+
+@pytest.mark.slow
+def test_a_plugin_that_fails_costs_the_patched_host_one_warning(
+    patched: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / 'bad' / 'bad-1.dist-info'
+    folder.mkdir(parents=True)
+    (folder / 'METADATA').write_text('Name: bad\nVersion: 1\n')
+    points = '[pyiqa.metric_configs]\nbad = nowhere:configs\n'
+    (folder / 'entry_points.txt').write_text(points)
+    process = python(
+        'import pyiqa; print(len(pyiqa.list_models()) > 50)',
+        patched,
+        folder.parent,
+        options=QUIET,
+        PYIQA_CLIPKD_AUTOLOAD='0',
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split()[-1] == 'True'
+    assert process.stderr.count("plugin 'bad' could not be loaded") == 1

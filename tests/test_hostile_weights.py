@@ -174,7 +174,8 @@ def test_a_whole_file_is_read(here: Path, watch: Watch) -> None:
 # --- the other doors --------------------------------------------------------------
 
 SOME = [
-    'checkpoint.pth', 'TorchScript.pt', 'a zip bomb.pth', 'overlapping tensors.safetensors',
+    'checkpoint.pth', 'TorchScript.pt', 'a zip bomb.pth',
+    'overlapping tensors.safetensors',
     'an input of a gigapixel.safetensors', 'a hub of open_clip.safetensors',
     'NaN.safetensors', 'a pipe.safetensors', 'a terabyte.safetensors',
 ]  # fmt: skip
