@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyiqa_clipkd.compare.runs import Run, make_run, read_run
 from pyiqa_clipkd.names import DEFAULT_METRIC
+from pyiqa_clipkd.scoring.tables import is_folder_of_parts
 
 
 def read_or_score(paths: Sequence[Path], arguments: argparse.Namespace) -> list[Run]:
@@ -21,7 +22,11 @@ def read_or_score(paths: Sequence[Path], arguments: argparse.Namespace) -> list[
     Raises:
         ValueError: if attributes are wanted, and a result file has none.
     """
-    known = {path: read_run(path) for path in paths if not path.is_dir()}
+    known = {
+        path: read_run(path)
+        for path in paths
+        if is_folder_of_parts(path) or not path.is_dir()
+    }
     if arguments.attributes:
         for path, run in known.items():
             if not run.has_attributes:

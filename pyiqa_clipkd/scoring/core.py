@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from pyiqa_clipkd.files import SHORT_HASH
 from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError
 from pyiqa_clipkd.scale import level_of, to_100
 from pyiqa_clipkd.scoring.backends import Backend, Explaining, heads_of
+from pyiqa_clipkd.scoring.contents import Source
 from pyiqa_clipkd.scoring.isolated import Here, Isolated
 from pyiqa_clipkd.scoring.reading import (
     MEMORY,
@@ -43,7 +43,7 @@ DIGITS = 6
 
 
 def score_paths(
-    paths: Iterable[Path | None],
+    paths: Iterable[Source | None],
     backend: Backend,
     *,
     crops: int = 0,
@@ -58,8 +58,8 @@ def score_paths(
     photograph alone: not on the order, on `batch_size` (beyond 1e-5) or on `workers`.
 
     Args:
-        paths: read as they're needed. `None` says that the next is not there yet:
-            rows that are ready need not wait for it.
+        paths: read as they're needed; `Content` for what is no file of its own. `None`
+            says that the next is not there yet: rows that are ready need not wait.
         backend: see `create_backend`.
         crops: squares at the photograph's own resolution, scored beside the whole; the
             score is the mean.
@@ -90,12 +90,13 @@ def score_paths(
             raise ValueError(
                 f'`{name}` must be a whole number >= {least}, but got {value!r}.'
             )
+    sources: Iterable[Any] = paths
     readers = Here() if max_seconds is None else Isolated(max_seconds, max_pixels)
     engine = _Engine(backend, crops, max_pixels, readers)
     if batch_size == 1:
-        rows = in_order(engine.score, paths, workers, 4 * workers)
+        rows = in_order(engine.score, sources, workers, 4 * workers)
     else:  # what waits for its batch are squares, not whole photographs
-        prepared = in_order(engine.prepare, paths, workers, workers + batch_size)
+        prepared = in_order(engine.prepare, sources, workers, workers + batch_size)
         rows = engine.score_batches(prepared, batch_size)
     return _closing(rows, readers)
 
@@ -153,12 +154,12 @@ class _Engine:
             'backend': backend.name,
         }
 
-    def score(self, path: Path) -> Row:
+    def score(self, path: Source) -> Row:
         prepared = self.prepare(path)
         self.add_scores([prepared])
         return prepared.row
 
-    def prepare(self, path: Path) -> _Prepared:
+    def prepare(self, path: Source) -> _Prepared:
         start = time.perf_counter()
         names = columns(self.backend.levels, attributes=HEADS in self.common)
         row: Row = {name: None if is_number(name) else '' for name in names}

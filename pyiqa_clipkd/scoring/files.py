@@ -14,6 +14,8 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import BinaryIO
 
+from pyiqa_clipkd.scoring.contents import Source
+
 STDIN = '-'
 
 # Pillow knows their endings, but has no decoder of its own for them, or calls another
@@ -109,14 +111,14 @@ def listed_ahead(
 def _named(paths: Sequence[str], stdin: BinaryIO | None, end: bytes) -> Iterator[str]:
     for path in paths:
         if path == STDIN and stdin is not None:
-            yield from _entries(stdin, end)
+            yield from entries(stdin, end)
         elif glob.has_magic(path) and not os.path.lexists(path):
             yield from _matches(path)
         else:
             yield path
 
 
-def _entries(stream: BinaryIO, end: bytes) -> Iterator[str]:
+def entries(stream: BinaryIO, end: bytes) -> Iterator[str]:
     """The entries of a list, as soon as they're there; names may be any bytes."""
     begin = codecs.BOM_UTF8
     for entry in _split(stream, end):
@@ -231,7 +233,7 @@ def is_image_name(name: str) -> bool:
     return ending in FOREIGN or ending in _image_endings()
 
 
-def is_raw(path: Path) -> bool:
+def is_raw(path: Source) -> bool:
     """Whether a file is a camera's raw data, going by a name that Pillow lacks."""
     ending = path.suffix.lower()
     return ending in RAW and ending not in _image_endings()

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from pyiqa_clipkd.images import (
     squares,
 )
 from pyiqa_clipkd.opening import one_line, open_image
+from pyiqa_clipkd.scoring.contents import Content, Source, opened
 from pyiqa_clipkd.scoring.files import is_raw
 from pyiqa_clipkd.scoring.tables import Row
 
@@ -54,14 +54,14 @@ def in_order(
         executor.shutdown(cancel_futures=True)
 
 
-def read_image(path: Path, row: Row, max_pixels: int) -> Image.Image:
+def read_image(path: Source, row: Row, max_pixels: int) -> Image.Image:
     """The photograph in RGB; what it is goes into its row.
 
     Raises:
         UnreadableError: if there is nothing to score.
     """
     refuse(path)
-    photograph = read_photograph(path, max_pixels=max_pixels)
+    photograph = read_photograph(opened(path), max_pixels=max_pixels)
     row['width'], row['height'] = photograph.width, photograph.height
     row['format'] = photograph.format
     row['notes'] = '; '.join(photograph.notes)
@@ -69,7 +69,7 @@ def read_image(path: Path, row: Row, max_pixels: int) -> Image.Image:
 
 
 def read_squares(
-    path: Path, max_pixels: int, size: int, crops: int
+    path: Source, max_pixels: int, size: int, crops: int
 ) -> tuple[Row, np.ndarray]:
     """What the row of a photograph says of it, and what the network looks at.
 
@@ -80,11 +80,11 @@ def read_squares(
     return row, squares(read_image(path, row, max_pixels), size, crops=crops)
 
 
-def refuse(path: Path) -> None:
+def refuse(path: Source) -> None:
     """What Pillow would describe wrongly, or take its thumbnail for it."""
     if is_raw(path):
         raise UnreadableError("a camera's raw data: develop it first")
-    if path.is_dir():
+    if not isinstance(path, Content) and path.is_dir():
         try:
             os.scandir(path).close()
         except OSError:
@@ -99,12 +99,12 @@ def reason_of(error: Exception) -> str:
     return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
 
-def decoded_bytes(path: Path) -> int:
+def decoded_bytes(path: Source) -> int:
     """About how much memory a photograph takes at most; by its header alone."""
-    if not path.is_file():  # a pipe would be waited for
+    if not isinstance(path, Content) and not path.is_file():  # a pipe would wait
         return 0
     try:
-        with open_image(path) as image:
+        with open_image(opened(path)) as image:
             pixels = image.width * image.height
             plain = image.mode == 'RGB' and 'transparency' not in image.info
             if plain and image.format in ('JPEG', 'MPO'):  # others must be decoded

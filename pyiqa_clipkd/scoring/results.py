@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from pyiqa_clipkd.scoring.tables import (
     WHY,
     Row,
     columns,
+    is_folder_of_parts,
     is_number,
     parquet_rows,
     valid_text,
@@ -269,11 +271,16 @@ class Results(RowFile):
             self.faults[self.key(row['path'])] = row[FAULTS]
 
     def words(self, identity: Mapping[str, Any]) -> str:
-        return (
-            f'{identity["metric"]} (weights {identity["sha256"]}, crops '
-            f'{identity["crops"]}, input size {identity["input_size"]}'
-            f'{", heads " + identity[HEADS] if HEADS in identity else ""})'
-        )
+        return identity_words(identity)
+
+
+def identity_words(identity: Mapping[str, Any]) -> str:
+    """What decides the scores of a run, for messages."""
+    return (
+        f'{identity["metric"]} (weights {identity["sha256"]}, crops '
+        f'{identity["crops"]}, input size {identity["input_size"]}'
+        f'{", heads " + identity[HEADS] if HEADS in identity else ""})'
+    )
 
 
 def _read(path: Path, rows: Iterator[Any]) -> Iterator[Any]:
@@ -304,7 +311,7 @@ def read_results(path: Path | str) -> pandas.DataFrame:
 
     Args:
         path: .csv, .jsonl or .parquet, as `pyiqa-clipkd score -o` writes them. Of one
-            that is being written, the rows so far.
+            that is being written, the rows so far. A .parquet may be a folder of parts.
 
     Returns:
         The columns of `columns`, one row a file. Numbers are NaN, texts empty where a
@@ -322,10 +329,11 @@ def read_results(path: Path | str) -> pandas.DataFrame:
         raise FileNotFoundError(
             f'{path} is not finished: the command that began it goes on with it.'
         )
-    with path.open('rb') as file:
+    # pyarrow opens a file by itself, and of a folder each.
+    with nullcontext() if is_folder_of_parts(path) else path.open('rb') as file:
         rows = (
             parquet_rows(path)
-            if ending == PARQUET
+            if file is None or ending == PARQUET
             else (record.row for record in TEXT_FORMATS[ending].records(file))
         )
         table = pandas.DataFrame(list(_read(path, rows)), dtype=object)

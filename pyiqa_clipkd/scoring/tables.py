@@ -33,8 +33,11 @@ LABEL_COLUMNS = (
     *('path', *ATTRIBUTES, *(RAW + attribute for attribute in ATTRIBUTES)),
     *('labeller', 'width', 'height', 'format', 'notes', 'error'),
 )
+# Only where a cluster has written the rows: the shard or table that a photograph is in,
+# and which one of it; empty for a file of its own.
+SOURCE, ROW = 'source', 'row'
 FLOATS = {'score', 'score_100', 'seconds', *ATTRIBUTES}
-INTEGERS = {'crops', 'input_size', 'width', 'height'}
+INTEGERS = {'crops', 'input_size', 'width', 'height', ROW}
 
 # Rows that are held in memory at once when a Parquet file is written.
 CHUNK = 20_000
@@ -143,13 +146,31 @@ def valid_text(path: str) -> str:
     return path.encode(errors='backslashreplace').decode()
 
 
+def is_folder_of_parts(path: Path) -> bool:
+    """Whether results are a folder, as a cluster writes them, and not one file."""
+    return path.suffix.lower() == PARQUET and path.is_dir()
+
+
 def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, a part of them in memory at a time."""
+    """The rows of a Parquet file or of a folder of them, some in memory at a time."""
     from pyarrow import parquet  # type: ignore[import-untyped]
 
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(CHUNK):
-            yield from batch.to_pylist()
+    for part in sorted(path.glob(f'[!.]*{PARQUET}')) if path.is_dir() else [path]:
+        with parquet.ParquetFile(part) as file:
+            for batch in file.iter_batches(CHUNK):
+                yield from batch.to_pylist()
+
+
+def parquet_schema(names: Sequence[str]) -> Any:
+    """pyarrow's schema of these columns."""
+    import pyarrow
+
+    def kind(name: str) -> Any:
+        if name in INTEGERS:
+            return pyarrow.int64()
+        return pyarrow.float64() if is_number(name) else pyarrow.string()
+
+    return pyarrow.schema([(name, kind(name)) for name in names])
 
 
 def write_parquet(path: Path, names: Sequence[str], rows: Iterable[Row]) -> None:
@@ -157,12 +178,7 @@ def write_parquet(path: Path, names: Sequence[str], rows: Iterable[Row]) -> None
     import pyarrow
     from pyarrow import parquet
 
-    def kind(name: str) -> Any:
-        if name in INTEGERS:
-            return pyarrow.int64()
-        return pyarrow.float64() if is_number(name) else pyarrow.string()
-
-    schema = pyarrow.schema([(name, kind(name)) for name in names])
+    schema = parquet_schema(names)
     rows = iter(rows)
     with (
         written_whole(path) as partial,
