@@ -2,6 +2,8 @@
 
 A PATH is a file, a folder (with all below it), a pattern in quotes ('photos/**/*.jpg')
 or - for a list on standard input. Scores go from 1 (bad) to 5 (perfect).
+With --engine ray it is also a shard (.tar), a table with photographs (.parquet) or a
+URI of an object store, and -o is a folder of Parquet files, or a URI of one.
 
 The screen gets a line a photograph: score, level, path. With -o the rows go to a file
 instead, with absolute paths: CSV, JSONL or Parquet. The same command goes on where a
@@ -34,12 +36,17 @@ from pyiqa_clipkd.scoring.pillow import (
     most_pixels,
     prepare_pillow,
 )
+from pyiqa_clipkd.scoring.ray.options import (
+    RAY,
+    add_cluster,
+    check_engine,
+    located_output,
+)
 from pyiqa_clipkd.scoring.results import check_ending
 from pyiqa_clipkd.scoring.selection import FOLDER, grouping
 
 if TYPE_CHECKING:
-    from pyiqa_clipkd.scoring.backends import Backend
-    from pyiqa_clipkd.scoring.session import Tally
+    from pyiqa_clipkd.scoring.session import Session, Tally
 
 # The exit code of --min-score.
 BELOW = 1
@@ -50,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('paths', nargs='+', metavar='PATH', help=f'file, folder, pattern or {STDIN}')
     help_text = f'default: {DEFAULT_METRIC}, or that of an .onnx file'
     add('-m', '--metric', help=help_text)
-    add('-o', '--output', type=Path, metavar='FILE', help='.csv, .jsonl or .parquet')
+    help_text = '.csv, .jsonl or .parquet'
+    add('-o', '--output', type=located_output, metavar='FILE', help=help_text)
     again = parser.add_mutually_exclusive_group()
     again.add_argument('--overwrite', action='store_true', help='begin FILE anew')
     again.add_argument(
@@ -60,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_screen(parser.add_argument_group('what is shown'))
     _add_network(parser.add_argument_group('how it is scored'))
+    add_cluster(parser.add_argument_group('on a cluster'))
 
 
 def _add_screen(group: argparse._ArgumentGroup) -> None:
@@ -135,26 +144,34 @@ def run(arguments: argparse.Namespace) -> int:
     """`pyiqa-clipkd score`; returns the exit code."""
     check(arguments)
     prepare_pillow()
-    from pyiqa_clipkd.scoring.backends import create_backend
-    from pyiqa_clipkd.scoring.session import Session
-
     arguments.max_pixels = most_pixels(arguments.max_megapixels)
-    backend: Backend = create_backend(
-        arguments.metric,
-        kind=arguments.backend,
-        device=arguments.device,
-        threads=arguments.threads,
-        weights=arguments.weights,
-        input_size=arguments.input_size,
-        attributes=arguments.attributes,
-    )
-    session = Session(backend, arguments)
+    session = _session(arguments)
     try:
         session.score_all()
     except KeyboardInterrupt:
         session.interrupted()
         return INTERRUPTED
     return _exit_code(session.tally, arguments)
+
+
+def _session(arguments: argparse.Namespace) -> Session:
+    from pyiqa_clipkd.scoring.backends import create_backend
+    from pyiqa_clipkd.scoring.session import Session
+
+    settings = {
+        'metric': arguments.metric,
+        'kind': arguments.backend,
+        'device': arguments.device,
+        'threads': arguments.threads,
+        'weights': arguments.weights,
+        'input_size': arguments.input_size,
+        'attributes': arguments.attributes,
+    }
+    if arguments.engine == RAY:
+        from pyiqa_clipkd.scoring.ray.session import RaySession
+
+        return RaySession(settings, arguments)
+    return Session(create_backend(**settings), arguments)
 
 
 def _exit_code(tally: Tally, arguments: argparse.Namespace) -> int:
@@ -172,7 +189,7 @@ def check(arguments: argparse.Namespace) -> None:
         ValueError: says what, and what to do.
     """
     if arguments.output:
-        check_ending(arguments.output)
+        check_ending(Path(arguments.output))
     elif arguments.overwrite:
         raise ValueError('`--overwrite` needs a file: -o FILE.')
     elif arguments.retry:
@@ -187,6 +204,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f'{STDIN} needs standard input.')
     if arguments.best_of is not None:
         grouping(arguments.best_of)
+    check_engine(arguments)
     check_megapixels(arguments.max_megapixels)
     check_seconds(arguments.max_seconds)
     low = arguments.min_score

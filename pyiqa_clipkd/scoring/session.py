@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Session:
         self.tally = Tally(arguments.min_score)
         self.selection = _selection(arguments)
         self.results: Results | None = None
+        self.names = columns(backend.levels, attributes=bool(heads_of(backend)))
         self.bar: Any = None
         # With a results file the screen gets only what was asked for.
         self.shows = arguments.output is None or arguments.paths_only
@@ -89,32 +90,37 @@ class Session:
         """Score, write, show; then the summary."""
         with ExitStack() as stack:
             if self.arguments.output:
-                stack.enter_context(locked(self.arguments.output))
-                self.results = stack.enter_context(self._opened())
+                self._open(stack)
             self.bar = self._progress_bar(stack)
             self.tally.start = time.perf_counter()
             if self.arguments.format:
                 header = TEXT_FORMATS[f'.{self.arguments.format}'].header
-                names = columns(
-                    self.backend.levels, attributes=bool(heads_of(self.backend))
-                )
-                self._write(header(names))
-            for row in self._rows():
+                self._write(header(self.names))
+            # Whatever ends this, what works in the background ends first.
+            for row in stack.enter_context(closing(self._rows())):
                 self._take(row)
             for row in self.selection.rest():
                 self._show(row)
         self._summarize()
 
-    def _opened(self) -> Results:
-        return Results(
+    def _open(self, stack: ExitStack) -> None:
+        """Where the rows go to, for this run alone."""
+        stack.enter_context(locked(self.arguments.output))
+        results = Results(
             self.arguments.output,
             self.backend.levels,
             identity_of(self.backend, self.arguments.crops),
             overwrite=self.arguments.overwrite,
             retry=self.arguments.retry,
         )
+        self.results = stack.enter_context(results)
 
-    def _rows(self) -> Iterator[Row]:
+    def _record(self, row: Row) -> None:
+        if self.results is not None:
+            # Whatever the folder of the next run: its paths must mean the same files.
+            self.results.add({**row, 'path': os.path.abspath(row['path'])})
+
+    def _rows(self) -> Generator[Row]:
         given = self.arguments.paths
         stdin = unbuffered_stdin() if STDIN in given else None
         found = find_photographs(given, stdin=stdin, nul=self.arguments.null)
@@ -158,9 +164,8 @@ class Session:
             self._take(row, new=False)
 
     def _take(self, row: Row, *, new: bool = True) -> None:
-        if new and self.results is not None:
-            # Whatever the folder of the next run: its paths must mean the same files.
-            self.results.add({**row, 'path': os.path.abspath(row['path'])})
+        if new:
+            self._record(row)
         enough = self.tally.add(row)
         if self.bar is not None:
             self.bar.update()
@@ -173,7 +178,7 @@ class Session:
     def _show_bad(self, row: Row) -> None:
         if self.arguments.format:
             self._show(row)
-        elif self.results is None:  # nothing else would say so
+        elif not self.arguments.output:  # nothing else would say so
             with self._above_bar():
                 print(bad_line(row), file=sys.stderr)
 
@@ -198,7 +203,7 @@ class Session:
                 sys.stdout.buffer.write(line)
                 sys.stdout.buffer.flush()
         except BrokenPipeError:  # `| head` has seen enough, but the file has not
-            if self.results is None:
+            if not self.arguments.output:
                 raise
             silence(sys.stdout)
 
@@ -253,7 +258,7 @@ def bad_line(row: Row) -> str:
     return f'{printable(row["path"])}: {row["error"]}'
 
 
-def summary(tally: Tally, backend: Backend, output: Path | None) -> Iterator[str]:
+def summary(tally: Tally, backend: Backend, output: Path | str | None) -> Iterator[str]:
     """The lines at the end of a run."""
     seconds = time.perf_counter() - tally.start
     new = tally.files - tally.known

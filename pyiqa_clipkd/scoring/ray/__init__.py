@@ -1,0 +1,1 @@
+"""Scoring on a cluster, by Ray Data: `pyiqa-clipkd score --engine ray`."""

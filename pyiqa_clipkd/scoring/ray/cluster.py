@@ -1,0 +1,125 @@
+"""A Ray cluster, quiet: a running one, or one of this machine's processes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyiqa_clipkd.scoring.core import default_workers
+from pyiqa_clipkd.scoring.pillow import PILLOW_MEMORY
+
+# Nothing is sent to anybody. What Ray has to say of processes that died would go to
+# standard output, among the scores; their photographs are scored again in any case.
+QUIET = {
+    'RAY_USAGE_STATS_ENABLED': '0',
+    'RAY_DEDUP_LOGS_SKIP_REGEX': '.',
+    'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0',
+    'RAY_BACKEND_LOG_LEVEL': 'fatal',
+}
+
+
+class Workers(NamedTuple):
+    """How many processes with a model, and what each of them has of the cluster."""
+
+    number: int
+    cpus: int
+    gpus: float
+
+
+@contextlib.contextmanager
+def connected(address: str | None, cpus: int | None) -> Iterator[None]:
+    """Within a cluster.
+
+    Args:
+        address: of a running one; by default that of RAY_ADDRESS. Without any, one is
+            started that ends with the block.
+        cpus: processor cores of one that is started; by default all.
+
+    Raises:
+        ConnectionError: if there is none at the address.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    address = address or os.environ.get('RAY_ADDRESS')
+    own = {'num_cpus': cpus or default_workers(), 'include_dashboard': False}
+    with _without_noise():
+        ray.init(
+            address=address or 'local',
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={'env_vars': {**PILLOW_MEMORY, 'OPENBLAS_NUM_THREADS': '1'}},
+            **({} if address else own),
+        )
+    try:
+        _hush()
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """What Ray's C++ part says of its own log level, past Python, isn't shown."""
+    kept = os.dup(2)
+    with open(os.devnull, 'wb') as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _hush() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ('ray', 'ray.data'):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings('ignore', module=r'ray\.')
+
+
+def plan(
+    device: str, workers: int | None, cpus: int | None, gpus: float | None
+) -> Workers:
+    """How a connected cluster is shared out.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto`: GPUs where the cluster has any.
+        workers: how many; by default as many as there is room for.
+        cpus, gpus: of each.
+
+    Raises:
+        ValueError: if the cluster has not so much.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    cores, cards = int(there.get('CPU', 1)), there.get('GPU', 0)
+    if device == 'cuda' or gpus or (device == 'auto' and cards):
+        gpus = gpus or 1
+        count = workers or int(cards / gpus)
+        if count < 1 or count * gpus > cards:
+            raise ValueError(
+                f'{max(count, 1)} workers with {gpus:g} GPUs each need more than the '
+                f'{cards:g} of the cluster: choose --workers and --worker-gpus, or '
+                '--device cpu.'
+            )
+        return Workers(count, cpus or max(1, math.floor(cores / count)), gpus)
+    count = workers or max(1, cores // (cpus or 1))
+    cpus = cpus or 1
+    if count * cpus > cores:
+        raise ValueError(
+            f'{count} workers with {cpus} cores each need more than the {cores} of the '
+            'cluster: choose --workers and --worker-cpus.'
+        )
+    return Workers(count, cpus, 0)
