@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -320,6 +321,27 @@ def test_without_ray_the_message_says_what_to_install(
     monkeypatch.setattr('pyiqa_clipkd.scoring.ray.options.find_spec', lambda _: None)
     assert main(['score', 'photos', '--engine', 'ray']) == 2
     assert "pip install 'pyiqa-clipkd[ray]'" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(
+    photos: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip('ray')
+    with socket.socket() as free:  # bound, but nobody listens
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+        run = ['score', str(tmp_path / 'photos'), '--engine', 'ray', '--ray-address']
+        assert main([*run, address]) == 2
+    assert f'There is no Ray cluster at {address}' in capsys.readouterr().err
+
+
+def test_the_command_imports_nothing_heavy_before_it_runs() -> None:
+    code = (
+        'import sys, pyiqa_clipkd.scoring.command; '
+        "bad = {'PIL', 'numpy', 'pyarrow', 'fsspec', 'ray'} & {*sys.modules}; "
+        'sys.exit(str(bad) if bad else 0)'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 @pytest.fixture

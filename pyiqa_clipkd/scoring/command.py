@@ -113,7 +113,8 @@ def _add_network(group: argparse._ArgumentGroup) -> None:
         '--workers',
         type=_whole(1),
         metavar='N',
-        help='photographs at a time; default: one a core, over --threads',
+        help='photographs at a time, or with ray processes that have the network; '
+        'default: one a core, over --threads',
     )
     add('--threads', type=_whole(1), metavar='N', help='of one network; default: 1')
     add('--batch-size', type=_whole(1), metavar='N', help='default: 1 on processors')

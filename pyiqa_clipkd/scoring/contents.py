@@ -6,8 +6,6 @@ import io
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from pyiqa_clipkd.images import UnreadableError
-
 
 class Content(NamedTuple):
     """What would be in the file; takes the place of its path.
@@ -35,6 +33,8 @@ class Content(NamedTuple):
         Raises:
             UnreadableError: if there are none.
         """
+        from pyiqa_clipkd.images import UnreadableError  # after `prepare_pillow`
+
         if self.error or not self.data:
             raise UnreadableError(self.error or 'the file is empty')
         return io.BytesIO(self.data)

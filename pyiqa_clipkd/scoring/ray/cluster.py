@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -48,6 +49,7 @@ def connected(address: str | None, cpus: int | None) -> Iterator[None]:
     import ray
 
     address = address or os.environ.get('RAY_ADDRESS')
+    _check_reachable(address)
     own = {'num_cpus': cpus or default_workers(), 'include_dashboard': False}
     with _without_noise():
         ray.init(
@@ -62,6 +64,19 @@ def connected(address: str | None, cpus: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself would go on trying for minutes, without a word."""
+    host, _, port = (address or '').rpartition(':')
+    if not host or not port.isdigit() or '/' in host:  # Ray knows what it means
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(
+            f'There is no Ray cluster at {address}: {error}.'
+        ) from None
 
 
 @contextlib.contextmanager

@@ -46,6 +46,9 @@ def stream(
         workers: how many processes do so.
         ended: is told of each container that was read to its end, and how many
             photographs it has.
+
+    Raises:
+        ValueError: if a worker can't begin; says why.
     """
     import ray
 
@@ -72,10 +75,14 @@ def stream(
         num_cpus=workers.cpus,
         num_gpus=workers.gpus,
     )
-    for batch in lines.iter_batches(batch_size=None, batch_format='pyarrow'):
-        for line in batch[LINE].to_pylist():
-            row = json.loads(line)
-            if 'path' in row:
-                yield row
-            else:  # the end of a container
-                ended(row['source'], row['row'])
+    try:
+        for batch in lines.iter_batches(batch_size=None, batch_format='pyarrow'):
+            for line in batch[LINE].to_pylist():
+                row = json.loads(line)
+                if 'path' in row:
+                    yield row
+                else:  # the end of a container
+                    ended(row['source'], row['row'])
+    except ray.exceptions.ActorDiedError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f'A worker could not begin: {reason}') from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,9 @@ from pyiqa_clipkd.scoring.ray.sources import Sources, find_sources
 from pyiqa_clipkd.scoring.ray.worker import Container, Job
 from pyiqa_clipkd.scoring.session import Session
 from pyiqa_clipkd.scoring.tables import ROW, SOURCE, Row, valid_text
+
+# Seconds between two lines about progress.
+TELL = 30
 
 
 class RaySession(Session):
@@ -39,6 +43,7 @@ class RaySession(Session):
         self.names += [SOURCE, ROW]
         self.identity = identity_of(self.backend, arguments.crops)
         self.parts: Parts | None = None
+        self.told = 0.0
 
     def _open(self, stack: ExitStack) -> None:
         output = self.arguments.output
@@ -76,11 +81,23 @@ class RaySession(Session):
             )
             tasks: list[Task] = [*containers]
             tasks += tasks_of(photographs, workers.number)
-            self.tally.start = time.perf_counter()
+            self.tally.start = self.told = time.perf_counter()
             for row in stream(tasks, self._job(workers), workers, self._ended):
                 # A container that can't be read to its end says so in each run.
                 if self.parts is None or not self.parts.has(row):
                     yield row
+                self._tell()
+
+    def _tell(self) -> None:
+        """How far it is, now and then, where there is no bar but a log."""
+        now = time.perf_counter()
+        if self.arguments.quiet or self.bar is not None or now - self.told < TELL:
+            return
+        self.told = now
+        new = self.tally.files - self.tally.known
+        speed = new / (now - self.tally.start)
+        text = f'{new:,} scored, {speed:.1f} images/s, {self.tally.bad:,} bad.'
+        print(text, file=sys.stderr, flush=True)
 
     def _job(self, workers: Workers) -> Job:
         if workers.gpus and self.backend.name != 'torch':
