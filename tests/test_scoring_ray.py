@@ -209,7 +209,9 @@ def test_parts_are_taken_up_again(tmp_path: Path) -> None:
             parts.add(one)
         parts.flush()
         for one in part_rows('/s.tar/0.jpg', '/s.tar/1.jpg', source='/s.tar'):
+            assert not parts.has(one)
             parts.add(one)
+            assert parts.has(one)
         parts.end('/s.tar', 3)
     assert len([*folder.iterdir()]) == 2
     with open_parts(folder) as parts:
