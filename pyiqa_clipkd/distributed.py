@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 from unittest import mock
@@ -12,13 +12,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from pyiqa_clipkd.peers import explained, watched
 
 Value = TypeVar('Value')
 
 # Process 0 validates alone. The default (10 minutes on GPUs) would end the job then.
-# Where a process ends, torchrun ends the others at once.
+# That a process is gone is noticed sooner (`peers`).
 LONGEST_WAIT = timedelta(days=1)
 
 
@@ -54,16 +55,18 @@ def launched(options: Mapping[str, Any]) -> Iterator[None]:
                 f'`--launcher {launcher}` needs GPUs; on CPUs use torchrun and '
                 '`--launcher pytorch`.'
             )
+        if launcher == 'pytorch' and dist.is_initialized():
+            watch.enter_context(watched())
 
-    with mock.patch.object(host, 'init_dist', init_dist):
-        try:
-            yield
-        except Exception as error:
-            get_error_handler().record_exception(error)  # for torchrun's last words
-            raise
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    with (
+        mock.patch.object(host, 'init_dist', init_dist),
+        ExitStack() as watch,
+        explained(),
+    ):
+        yield
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
 
 
 def _check_torchrun(gpus: int | None) -> None:
@@ -139,3 +142,54 @@ def shared(value: Value) -> Value:
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def first_reads(read: Callable[[], Value]) -> Value:
+    """What process 0 reads, in all: the others may be on machines without the file.
+
+    Raises:
+        Exception: what process 0 met; in the others a ValueError that quotes it.
+    """
+    if not dist.is_initialized():
+        return read()
+    value: Value | None = None
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            value = read()
+        except Exception as error:
+            failure = error
+    words = shared(None if failure is None else f'{type(failure).__name__}: {failure}')
+    if failure is not None:
+        raise failure
+    if words is not None:
+        raise ValueError(f'Process 0 met {words}')
+    return shared(value)  # type: ignore[return-value]
+
+
+def of_all(value: Value) -> list[Value]:
+    """The values of all processes, by their rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_alike(what: str, value: Any) -> None:
+    """Find what differs between machines, before they wait for each other forever.
+
+    Args:
+        what: words for the message, in the plural.
+        value: in all processes equal, if all is well.
+
+    Raises:
+        ValueError: if it isn't.
+    """
+    values = of_all(value)
+    if others := [rank for rank, one in enumerate(values) if one != values[0]]:
+        names = ', '.join(map(str, others))
+        raise ValueError(
+            f'{what} must be the same for all processes, but those of process {names} '
+            'differ from those of process 0: copy them anew to all machines.'
+        )

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyiqa_clipkd.distributed import first_reads
 from pyiqa_clipkd.weights import load_training_file
 
 PRECISIONS = {'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -189,7 +190,7 @@ class TrainingEngine:
             FileNotFoundError: if there is no such file.
             ValueError: if it doesn't fit the network.
         """
-        content = load_training_file(path)
+        content = first_reads(lambda: load_training_file(path))
         try:
             self.net.load_state_dict(content.get('params_raw', content['params']))
             if self.ema is not None:

@@ -583,6 +583,7 @@ class CLIPKDModel(GeneralIQAModel):
             {
                 'epoch': epoch,
                 'iter': current_iter,
+                'processes': self.opt.get('world_size', 1),
                 'seconds': self._seconds_before + time.time() - self._started,
                 'optimizers': [o.state_dict() for o in self.optimizers],
                 'schedulers': [s.state_dict() for s in self.schedulers],

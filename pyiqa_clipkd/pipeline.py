@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import statistics
@@ -26,7 +27,13 @@ import torch
 import yaml
 
 from pyiqa_clipkd import __version__
-from pyiqa_clipkd.distributed import launched, shared
+from pyiqa_clipkd.distributed import (
+    check_alike,
+    first_reads,
+    launched,
+    of_all,
+    shared,
+)
 from pyiqa_clipkd.engine import check_options
 from pyiqa_clipkd.experiment import newest_checkpoint
 from pyiqa_clipkd.files import written_whole
@@ -223,6 +230,8 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
                 data['persistent_workers'] = False
         loader, sampler, *rest = original(opt, logger)
         seed, data = opt['manual_seed'], opt['datasets']['train']
+        check_alike('Images and labels of the training set', _content(loader, data))
+        check_alike('Options of the training', (opt['train'], loader.batch_size))
         ranking = opt['train'].get('ranking_loss_opt')
         batches = len(loader)
         epoch = resumed.get('epoch', 0)
@@ -261,22 +270,58 @@ def _exact_resume(host: Any) -> Iterator[dict[str, Any]]:
         yield resumed
 
 
+def _content(loader: Any, data: dict[str, Any]) -> str:
+    """Names and labels of a data set, wherever its folder is, in a few digits."""
+    root = data['dataroot_target']
+    rows = [
+        (os.path.relpath(path, root), *map(str, labels))
+        for path, *labels in loader.dataset.paths_mos
+    ]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
 def load_training_state(opt: dict[str, Any]) -> dict[str, Any] | None:
     """The state to go on from, on the CPU, or `None` for a fresh start.
 
     With `auto_resume` it is the newest one whose weights are there too; otherwise the
-    one that `path: resume_state` names.
+    one that `path: resume_state` names. Of several processes the first one looks and
+    reads for all of them: it alone writes, maybe to a disk that others don't see.
+
+    Raises:
+        ValueError: if only another process's machine has the newest one, or another
+            number of processes has written it.
+        FileNotFoundError: if `path: resume_state` names no file.
     """
     path = opt['path'].get('resume_state')
     if opt['auto_resume']:
-        states = Path(opt['path']['training_states'])
-        models = Path(opt['path']['models'])
-        iteration = newest_checkpoint(states, models)
-        path = None if iteration is None else states / f'{iteration}.state'
+        path = _newest_state(opt)
+    path = shared(path)
     if path is None:
         return None
     opt['path']['resume_state'] = str(path)
-    return load_training_file(path)
+    state = first_reads(lambda: load_training_file(path))
+    now = opt.get('world_size', 1)
+    if (then := state.get('processes', now)) != now:
+        raise ValueError(
+            f'{path} was written by {then} processes, but now there are {now}: its '
+            f'iterations had other batches. Resume with {then}, or start from its '
+            'weights with `path:pretrain_network=FILE`.'
+        )
+    return state
+
+
+def _newest_state(opt: dict[str, Any]) -> Path | None:
+    states = Path(opt['path']['training_states'])
+    iteration = newest_checkpoint(states, Path(opt['path']['models']))
+    newest = [-1 if one is None else one for one in of_all(iteration)]
+    if max(newest) > newest[0]:
+        rank = newest.index(max(newest))
+        raise ValueError(
+            f'The newest training state, {states / f"{max(newest)}.state"}, is on the '
+            f'machine of process {rank}, but process 0 has to read it. Give that '
+            f'machine `--node-rank 0`, or copy {states.parent} to the first machine.'
+        )
+    return None if iteration is None else states / f'{iteration}.state'
 
 
 def _append_medians(path: Path) -> None:
