@@ -199,6 +199,7 @@ def start(
         words += ['--rdzv-endpoint', f'{first.address}:{PORT}']
         # It would ask for the computer's name, which both have.
         words += ['--rdzv-conf', f'is_host={int(rank == 0)}']
+        words += ['--local-addr', node.address]
     else:
         words += ['--node-rank', str(rank), '--master-addr', first.address]
         words += ['--master-port', str(PORT)]
