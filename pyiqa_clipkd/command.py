@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pyiqa_clipkd import __version__
+from pyiqa_clipkd.stops import INTERRUPTED, die_at_once, stoppable
 
 # Subcommand -> its module in this package, and what it does in a few words.
 SUBCOMMANDS = {
@@ -37,7 +38,7 @@ SUBCOMMANDS = {
 LIBRARIES = {'PIL': 'pillow', 'open_clip': 'open_clip_torch', 'yaml': 'pyyaml'}
 
 # Exit codes that subcommands share.
-FINE, WRONG_USAGE, UNREADABLE, BUG, INTERRUPTED = 0, 2, 3, 70, 130
+FINE, WRONG_USAGE, UNREADABLE, BUG = 0, 2, 3, 70
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
     words = sys.argv[1:] if arguments is None else list(arguments)
     chosen = next((word for word in words if word in SUBCOMMANDS), None)
-    return _guarded(lambda: _run(words, chosen), chosen)
+    with stoppable() as stop:
+        code = _guarded(lambda: _run(words, chosen), chosen)
+        if code == INTERRUPTED:
+            code = stop.code
+    if arguments is None:  # nothing is left to do, but for Python's own end
+        die_at_once()
+    return code
 
 
 def _prepare_streams() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 
 # First digits of a hash that rows, tables and messages show.
 SHORT_HASH = 16
+
+# What a file system answers that has no room: full, a quota, a limit of file sizes.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def one_line(error: Exception) -> str:
@@ -49,13 +53,45 @@ def checked_file(path: str | Path, what: str) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; it becomes `path` if nothing was raised."""
+    """A place beside `path` to write to; it becomes `path` if nothing was raised.
+
+    Raises:
+        OSError: names `path` if there is no room for it.
+    """
     partial = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
-        yield partial
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Where there is no room to write, say which file that was, and what to do.
+
+    Raises:
+        OSError: instead of any exception that comes from a full disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (cause := _full_disk(error)) is None:
+            raise
+        words = 'no room for it; what was complete before is kept: make room, then run '
+        raise OSError(
+            cause.errno, f'{words}the same command again', str(path)
+        ) from error
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of the file system, of which libraries make their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def file_hash(path: str | Path) -> str:

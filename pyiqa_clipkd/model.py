@@ -623,5 +623,6 @@ class CLIPKDModel(GeneralIQAModel):
 
 
 def _save(content: dict[str, Any], path: Path) -> None:
-    with written_whole(path) as partial:
-        torch.save(content, partial)
+    # A file of Python's: on a full disk torch's own forgets why.
+    with written_whole(path) as partial, partial.open('wb') as file:
+        torch.save(content, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ def locked(path: Path) -> Iterator[None]:
     """Keep other runs from writing `path` meanwhile.
 
     The lock is of a hidden file beside it, which goes at the end. The file of a process
-    that was killed stays for the next run, but its lock is gone.
+    that was killed stays for the next run, but its lock is gone. Where the file system
+    has no locks, the file's being there is the lock, and it tells whose.
 
     Raises:
         BlockingIOError: if another run, in this process or another, has the lock.
@@ -35,8 +37,9 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         if sys.platform == 'win32':  # only what nobody has open can be removed there
             file.close()
-        with contextlib.suppress(PermissionError):
-            lock.unlink(missing_ok=True)
+        for mine in {lock, Path(file.name)}:
+            with contextlib.suppress(PermissionError):
+                mine.unlink(missing_ok=True)
         file.close()
 
 
@@ -51,14 +54,48 @@ def _opened(lock: Path, path: Path) -> BinaryIO:
         except FileNotFoundError:
             pass
         except OSError as error:
-            if error.errno not in TAKEN:
-                return file
             file.close()
+            if error.errno not in TAKEN:
+                return _claimed(lock, path)
             raise BlockingIOError(
                 f'{path} is being written by another run. Wait until that has ended, '
                 'or choose another file.'
             ) from None
         file.close()  # a run that has just ended has removed it: once more
+
+
+def _claimed(lock: Path, path: Path) -> BinaryIO:
+    """The file that is the lock itself; one of a process that has ended here goes."""
+    claim = lock.with_name(f'{lock.name}.owner')
+    host = socket.gethostname()
+    while True:
+        try:
+            file = claim.open('xb')
+        except FileExistsError:
+            owner = claim.read_text(errors='replace').split()
+            if len(owner) == 2 and owner[0] == host and not _runs(int(owner[1])):
+                claim.unlink(missing_ok=True)
+                continue
+            who = f'process {owner[1]} on {owner[0]}' if owner else 'another run'
+            raise BlockingIOError(
+                f'{path} is being written by {who}. Wait until that has ended; if it '
+                f'has, remove {claim}.'
+            ) from None
+        file.write(f'{host} {os.getpid()}'.encode())
+        file.flush()
+        return file
+
+
+def _runs(pid: int) -> bool:
+    if sys.platform == 'win32':  # no such question there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def _lock(file: BinaryIO) -> None:

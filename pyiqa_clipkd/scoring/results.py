@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.files import naming, written_whole
 from pyiqa_clipkd.scoring.tables import (
     ENDINGS,
     FAULTS,
@@ -125,8 +125,9 @@ class RowFile:
         file = self.rows_path.open('ab')
         if end == 0:
             file.truncate(0)
-            file.write(self.format.header(self.names))
-            file.flush()
+            with naming(self.path):
+                file.write(self.format.header(self.names))
+                file.flush()
         else:
             file.truncate(end)
         return file
@@ -197,8 +198,11 @@ class RowFile:
 
     def add(self, row: Row) -> None:
         """Append a row; it is in the file when this returns."""
-        self.file.write(self.format.encode({name: row[name] for name in self.names}))
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(
+                self.format.encode({name: row[name] for name in self.names})
+            )
+            self.file.flush()
 
     def finish(self) -> None:
         """All rows are there: write what can only be written whole."""
@@ -228,9 +232,12 @@ class RowFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.finish()
-        self.file.close()
+        with naming(self.path):  # a row that found no room is tried once more
+            try:
+                if kind is None:
+                    self.finish()
+            finally:
+                self.file.close()
 
 
 class Results(RowFile):
