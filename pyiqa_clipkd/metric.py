@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,11 @@ from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
 from pyiqa_clipkd.weights import read_weights
 
 logger = logging.getLogger('pyiqa')
+
+# Threads of OpenMP don't come along with a fork: a child that asked for several would
+# wait for them forever. torch's own loaders do the same in their workers.
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def CLIPKDMetric(  # noqa: N802 - the host builds it by this name, like a class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -105,6 +106,7 @@ class Runtime:
             )
         self.path = find_model(model, attributes=bool(attributes))
         self.description = _describe(self.path)
+        self._options: dict[str, Any] = {'threads': threads, 'providers': providers}
         self._session = _session(self.path, threads, providers)
         _check_graph(self._session, self.path, self.description)
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -125,6 +127,11 @@ class Runtime:
         self.heads_sha256 = heads if self.attributes else ''
         self.levels = self.description.levels
         self.input_size = self.description.input_size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, opens the same file anew."""
+        again = partial(type(self), **self._options, attributes=self.attributes)
+        return again, (self.path,)
 
     def __call__(self, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Score squares.
