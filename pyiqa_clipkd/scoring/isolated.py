@@ -88,6 +88,11 @@ class Isolated:
         )
         if HAS_SERVER:  # so that the next process takes milliseconds
             self.context.set_forkserver_preload([__name__])
+            from multiprocessing import forkserver, resource_tracker  # not on Windows
+
+            resource_tracker.ensure_running()  # else the server does it, and unblocks
+            with _no_interrupt():
+                forkserver.ensure_running()
 
     @contextmanager
     def one_file(self) -> Iterator[Call]:
@@ -114,6 +119,19 @@ class Isolated:
         with contextlib.suppress(Empty):
             while True:
                 self.idle.get_nowait().end()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """What begins here doesn't see Ctrl-C, which is for all processes of a terminal.
+
+    The server would show a traceback if it came while it imports.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 class _Worker:
@@ -179,6 +197,8 @@ class _Worker:
 def work(line: Connection, max_pixels: int) -> None:
     """What a process does: calls functions until nobody is at the other end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if HAS_SERVER:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if sys.stderr is not None:
         silence(sys.stderr)  # libtiff speaks there, and doesn't say of which file
     prepare_pillow()

@@ -108,6 +108,7 @@ class RaySession(Session):
             'batch_size': self.arguments.batch_size,
             'workers': workers.cpus,
             'max_pixels': self.arguments.max_pixels,
+            'max_seconds': self.arguments.max_seconds,
         }
         settings = self.settings | {
             'kind': self.backend.name,
