@@ -156,16 +156,26 @@ def _score(metric: Any, pixels: np.ndarray) -> float:
     image = Image.fromarray(pixels)
     if isinstance(metric, Runtime):
         return metric.score(image).score
-    return float(metric(batch(image)))
+    with torch.no_grad():
+        return float(metric(batch(image)))
+
+
+_given: list[Any] = []
+
+
+def _score_given(pixels: np.ndarray) -> float:
+    return _score(_given[0], pixels)
 
 
 def scores_in(method: str, metric: Any) -> list[float]:
     """Of two processes that are given the metric."""
     context = multiprocessing.get_context(method)
     pixels = [np.asarray(image) for image in images()]
-    executor = ProcessPoolExecutor(2, mp_context=context)
+    executor = ProcessPoolExecutor(
+        2, mp_context=context, initializer=_given.append, initargs=(metric,)
+    )
     try:
-        futures = [executor.submit(_score, metric, one) for one in pixels]
+        futures = [executor.submit(_score_given, one) for one in pixels]
         return [future.result(WAIT) for future in futures]
     finally:
         for process in list(executor._processes.values()):
