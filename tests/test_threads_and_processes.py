@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pyiqa
 import pytest
 import torch
 from PIL import Image
 from scoring_data import METRIC, photograph
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 from pyiqa_clipkd.metric import CLIPKDMetric
@@ -28,10 +25,6 @@ from pyiqa_clipkd.torchmetric import QualityScore
 SIZES = ((60, 90), (200, 120), (320, 240), (91, 333), (150, 150), (64, 64))
 THREADS = 4
 WAIT = 120  # seconds; a child that hangs is an error
-
-needs_fork = pytest.mark.skipif(
-    'fork' not in multiprocessing.get_all_start_methods(), reason='no fork here'
-)
 
 Scorer = Callable[[Image.Image], Any]
 
@@ -150,88 +143,6 @@ def several_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def _score(metric: Any, pixels: np.ndarray) -> float:
-    image = Image.fromarray(pixels)
-    if isinstance(metric, Runtime):
-        return metric.score(image).score
-    with torch.no_grad():
-        return float(metric(batch(image)))
-
-
-_given: list[Any] = []
-
-
-def _score_given(pixels: np.ndarray) -> float:
-    return _score(_given[0], pixels)
-
-
-def scores_in(method: str, metric: Any) -> list[float]:
-    """Of two processes that are given the metric."""
-    context = multiprocessing.get_context(method)
-    pixels = [np.asarray(image) for image in images()]
-    executor = ProcessPoolExecutor(
-        2, mp_context=context, initializer=_given.append, initargs=(metric,)
-    )
-    try:
-        futures = [executor.submit(_score_given, one) for one in pixels]
-        return [future.result(WAIT) for future in futures]
-    finally:
-        for process in list(executor._processes.values()):
-            process.kill()
-        executor.shutdown()
-
-
-def in_turn(metric: Any) -> list[float]:
-    return [_score(metric, np.asarray(image)) for image in images()]
-
-
-@needs_fork
-@pytest.mark.parametrize('make', [CLIPKDMetric, Runtime])
-def test_forked_processes_score_after_their_parent_has(
-    make: Callable[[str], Any], several_threads: None
-) -> None:
-    """OpenMP's threads don't come along: torch would wait for them forever."""
-    metric = make(METRIC)
-    assert scores_in('fork', metric) == in_turn(metric)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('make', [CLIPKDMetric, Runtime])
-def test_spawned_processes_get_the_metric(make: Callable[[str], Any]) -> None:
-    metric = make(METRIC)
-    assert scores_in('spawn', metric) == in_turn(metric)
-
-
-class Scored(Dataset[float]):
-    """A data set that asks the metric by itself."""
-
-    def __init__(self, metric: Any) -> None:
-        self.metric = metric
-
-    def __len__(self) -> int:
-        return len(SIZES)
-
-    def __getitem__(self, index: int) -> float:
-        return _score(self.metric, np.asarray(photograph(index, SIZES[index])))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('method', multiprocessing.get_all_start_methods())
-@pytest.mark.parametrize('workers', [1, 2])
-def test_loaders_may_score_in_their_workers(
-    method: str, workers: int, several_threads: None
-) -> None:
-    metric = CLIPKDMetric(METRIC)
-    alone = in_turn(metric)
-    loader: DataLoader[float] = DataLoader(
-        Scored(metric),
-        num_workers=workers,
-        multiprocessing_context=method,
-        timeout=WAIT,
-    )
-    assert [float(score) for score in loader] == alone
 
 
 # --- what is promised of numbers ------------------------------------------------------
