@@ -38,6 +38,9 @@ from pyiqa_clipkd.scale import level_of, to_100
 # Endings of files that onnxruntime can't open, so what has one is no metric's name.
 NO_NAMES = ('.pt2', '.pt', '.pth', SUFFIX)
 
+# Beyond [0, 1], where squares were normalized before and back.
+ROUNDING = 1e-3
+
 # Score (N,), probabilities (N, L) of metrics with levels, attributes (N, 5) on request.
 Outputs = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
@@ -144,8 +147,9 @@ class Runtime:
             score (N,) in [1, 5] and probabilities (N, L); `None` of a regression head.
 
         Raises:
-            ValueError: if the array has another type or shape, or the model takes
-                photographs.
+            TypeError: if it is no array.
+            ValueError: if the array has another type or shape, or values that are NaN
+                or outside [0, 1], or the model takes photographs.
         """
         scores, probabilities, _ = self.explain(squares)
         return scores, probabilities
@@ -158,12 +162,23 @@ class Runtime:
                 'with `--input squares`.'
             )
         side = self.input_size
+        if not isinstance(squares, np.ndarray):
+            raise TypeError(
+                f'`squares` must be a numpy array, but got {type(squares).__name__}.'
+            )
         if squares.dtype != np.float32 or squares.shape[1:] != (3, side, side):
             raise ValueError(
                 f'`squares` must be float32 of the shape (N, 3, {side}, {side}), but '
                 f'got {squares.dtype} {squares.shape}: make them with '
                 '`pyiqa_clipkd.images.squares`.'
             )
+        if squares.size:
+            low, high = squares.min(), squares.max()
+            if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also of NaN
+                raise ValueError(
+                    '`squares` must be in [0, 1], but got values from '
+                    f'{low:g} to {high:g}.'
+                )
         return self._run(squares)
 
     def _run(self, batch: np.ndarray) -> Outputs:

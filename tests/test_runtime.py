@@ -347,3 +347,16 @@ def borrow(environment: Path, *modules: str) -> None:
         for item in (home, *beside):
             if item.exists() and not (site / item.name).exists():
                 (site / item.name).symlink_to(item)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1, 255])
+def test_squares_with_values_that_no_image_has_are_refused(
+    runtime: Runtime, value: float
+) -> None:
+    side = runtime.input_size
+    squares = np.full((1, 3, side, side), 0.5, np.float32)
+    squares[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=r'must be in \[0, 1\], but got values from'):
+        runtime(squares)
+    with pytest.raises(TypeError, match='must be a numpy array, but got list'):
+        runtime(squares.tolist())
