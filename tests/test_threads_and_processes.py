@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyiqa
 import pytest
 import torch
 from PIL import Image
 from scoring_data import METRIC, photograph
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_tensor
 
 from pyiqa_clipkd.metric import CLIPKDMetric
@@ -25,6 +28,10 @@ from pyiqa_clipkd.torchmetric import QualityScore
 SIZES = ((60, 90), (200, 120), (320, 240), (91, 333), (150, 150), (64, 64))
 THREADS = 4
 WAIT = 120  # seconds; a child that hangs is an error
+
+needs_fork = pytest.mark.skipif(
+    'fork' not in multiprocessing.get_all_start_methods(), reason='no fork here'
+)
 
 Scorer = Callable[[Image.Image], Any]
 
@@ -143,6 +150,98 @@ def several_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+def _score(metric: Any, pixels: np.ndarray) -> float:
+    image = Image.fromarray(pixels)
+    if isinstance(metric, Runtime):
+        return metric.score(image).score
+    with torch.no_grad():
+        return float(metric(batch(image)))
+
+
+_given: list[Any] = []
+
+
+def _give(metric: Any) -> None:
+    _given.append(metric)
+
+
+def _score_given(pixels: np.ndarray) -> float:
+    return _score(_given[0], pixels)
+
+
+def scores_in(method: str, metric: Any) -> list[float]:
+    """Of two processes that are given the metric."""
+    context = multiprocessing.get_context(method)
+    pixels = [np.asarray(image) for image in images()]
+    executor = ProcessPoolExecutor(
+        2, mp_context=context, initializer=_give, initargs=(metric,)
+    )
+    try:
+        futures = [executor.submit(_score_given, one) for one in pixels]
+        return [future.result(WAIT) for future in futures]
+    finally:
+        for process in list(executor._processes.values()):
+            process.kill()
+        executor.shutdown()
+
+
+def in_turn(metric: Any) -> list[float]:
+    """By one thread, as in processes that share a machine: others round otherwise."""
+    torch.set_num_threads(1)
+    return [_score(metric, np.asarray(image)) for image in images()]
+
+
+@needs_fork
+@pytest.mark.parametrize('make', [CLIPKDMetric, Runtime])
+def test_forked_processes_score_after_their_parent_has(
+    make: Callable[[str], Any], several_threads: None
+) -> None:
+    """OpenMP's threads don't come along: torch would wait for them forever."""
+    metric = make(METRIC)
+    _score(metric, np.asarray(images()[0]))
+    assert scores_in('fork', metric) == in_turn(metric)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [CLIPKDMetric, Runtime])
+def test_spawned_processes_get_the_metric(make: Callable[[str], Any]) -> None:
+    metric = make(METRIC)
+    expected = in_turn(metric)
+    found = scores_in('spawn', metric)  # with as many threads as they like
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+class Scored(Dataset[float]):
+    """A data set that asks the metric by itself."""
+
+    def __init__(self, metric: Any) -> None:
+        self.metric = metric
+
+    def __len__(self) -> int:
+        return len(SIZES)
+
+    def __getitem__(self, index: int) -> float:
+        return _score(self.metric, np.asarray(photograph(index, SIZES[index])))
+
+
+@pytest.mark.slow
+# Not forkserver: torch sends a file for each tensor, and that takes at most 250.
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+@pytest.mark.parametrize('workers', [1, 2])
+def test_loaders_may_score_in_their_workers(
+    method: str, workers: int, several_threads: None
+) -> None:
+    metric = CLIPKDMetric(METRIC)
+    _score(metric, np.asarray(images()[0]))  # with several threads
+    loader: DataLoader[float] = DataLoader(
+        Scored(metric),
+        num_workers=workers,
+        multiprocessing_context=method,
+        timeout=WAIT,
+    )
+    assert [float(score) for score in loader] == in_turn(metric)
 
 
 # --- what is promised of numbers ------------------------------------------------------
