@@ -88,7 +88,7 @@ def test_files_of_other_networks_are_refused(tmp_path: Path, checkpoint: Path) -
     torch.save({'a': torch.zeros(1)}, tmp_path / 'nothing.pth')
     with pytest.raises(ValueError, match='AttributeStudent, but it names no network'):
         load_attribute_student(tmp_path / 'nothing.pth')
-    with pytest.raises(ValueError, match="but got 'AttributeStudent'"):
+    with pytest.raises(ValueError, match="of another network, 'AttributeStudent'"):
         load_network(checkpoint)  # it gives no score
     with pytest.raises(FileNotFoundError, match='no weight file'):
         load_attribute_student(tmp_path / 'missing.pth')

