@@ -74,7 +74,7 @@ def test_lines_on_the_screen_and_a_summary(folder: Path) -> None:
     mean = np.mean([float(number) for number, *_ in rows])
     assert f'4 scored, mean {mean:.1f}' in summary
     assert 'images/s' in summary
-    assert f'{METRIC}, weights {METRIC}.safetensors (0e56deab), onnx.' in summary
+    assert f'{METRIC}, weights {METRIC}.safetensors (319bf14f), onnx.' in summary
     assert score('photos', '--quiet').stderr == b''
 
 
