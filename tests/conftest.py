@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ _EMPTY = tempfile.TemporaryDirectory()
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_HUB_CACHE'] = str(Path(_EMPTY.name, 'hub'))
 os.environ['PYIQA_CLIPKD_WEIGHTS'] = str(Path(_EMPTY.name, 'weights'))
+
+# What a shell runs in the background ignores Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402
 import open_clip  # noqa: E402
