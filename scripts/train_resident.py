@@ -4,7 +4,8 @@ Reading files sets the pace of a small network on a fast GPU. Here nothing is re
 crops, mirrors, zooms and mixtures are cut from what `photograph_store.py` wrote. The
 loss is that of the paper with what the training model adds in the host's loop (hints,
 ranking of damaged copies), plus the distance to the teachers' mean score. Several
-option files are trained one after the other; an example is configs/release/teacher.yml.
+option files are trained one after the other, for instance
+configs/release/resident/teacher_ranked.yml.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class Training:
         scores = []
         for rows in store.held_out.split(64):
             images = store.photographs[rows].permute(0, 3, 1, 2).float() / 255
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with self.engine.autocast():
                 scores.append(net(resized(images, self.input_size)))
         found = torch.cat(scores)[:, 0].float().cpu().numpy()
         mos = store.mos[store.held_out, 0].cpu().numpy()

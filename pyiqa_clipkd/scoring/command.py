@@ -16,7 +16,7 @@ Exit codes:
   2    wrong usage, or results can't be written
   3    some files could not be scored (also if others are below --min-score)
   70   a bug: please report what is shown
-  130  stopped with Ctrl-C
+  130  stopped with Ctrl-C; 143 with SIGTERM
 """
 
 from __future__ import annotations

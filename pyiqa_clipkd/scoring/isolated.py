@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -38,6 +39,8 @@ BEGIN = 60.0
 
 # Memory beside the pixels: squares, the file itself, what decoders need.
 BESIDE = 1 << 29
+
+CORES = os.cpu_count() or 1
 
 # The longest answer in words.
 MOST_WORDS = 1 << 20
@@ -127,11 +130,11 @@ def _no_interrupt() -> Iterator[None]:
 
     The server would show a traceback if it came while it imports.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -227,11 +230,14 @@ def _limit_memory(memory: int) -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """For the case that whoever should end this process was itself killed."""
+    """For the case that whoever should end this process was itself killed.
+
+    Some decoders use all cores at once, and the time of each of them counts.
+    """
     if resource is None:
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    most = math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1
+    most = math.ceil(usage.ru_utime + usage.ru_stime + CORES * seconds) + 1
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
