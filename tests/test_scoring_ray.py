@@ -22,6 +22,7 @@ from pyiqa_clipkd.names import LEVELS
 from pyiqa_clipkd.scoring.backends import create_backend
 from pyiqa_clipkd.scoring.contents import Content
 from pyiqa_clipkd.scoring.core import score_paths
+from pyiqa_clipkd.scoring.ray import cluster
 from pyiqa_clipkd.scoring.ray import parts as parts_module
 from pyiqa_clipkd.scoring.ray.ledger import DEATHS, FATAL, Advice, Ledger
 from pyiqa_clipkd.scoring.ray.parts import Parts
@@ -165,6 +166,24 @@ def test_which_column_it_is(tmp_path: Path, photos: dict[str, bytes]) -> None:
     assert 'no column picture' in error.error
 
 
+@pytest.mark.parametrize(
+    ('cells', 'kind'), [([1], 'int64'), ([[1]], 'list'), ([{'path': 1}], 'struct')]
+)
+def test_a_column_of_something_else_is_an_error_in_its_rows(
+    cells: list[Any], kind: str, tmp_path: Path
+) -> None:
+    table = tmp_path / 'a.parquet'
+    write_table(table, label=cells)
+    item, end = read_all(table, (), 'label')
+    assert item.error.startswith(f'neither bytes nor a path, but {kind}')
+    assert (item.data, item.row, end.row) == (b'', 0, 1)
+    write_table(table, image=[1], file_name=['a.jpg'])
+    assert read_all(table)[0].name == str(tmp_path / 'a.jpg')
+    write_table(table, image=[1])
+    (error,) = read_all(table)
+    assert 'no such column' in error.error
+
+
 def test_sources_of_a_command(
     tmp_path: Path, photos: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +207,48 @@ def test_sources_of_a_command(
         assert find_sources(words) == (photographs, containers), words
     given = io.BytesIO(b'photos/1.jpg\nshards/a.tar\n')
     assert find_sources(['-'], stdin=given) == ([files[1]], shards[:1])
+
+
+def test_links_that_lead_back_give_each_shard_once(tmp_path: Path) -> None:
+    shards = [tmp_path / 'a.tar', tmp_path / 'deep' / 'b.tar']
+    (tmp_path / 'deep').mkdir()
+    for shard in (*shards, tmp_path / '.hidden.tar', tmp_path / 'deep' / '.c.tar'):
+        shard.write_bytes(b'')
+    for name in ('x', 'y', 'deep/z'):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert find_sources([str(tmp_path)]).containers == [*map(str, shards)]
+
+
+def test_results_in_the_folder_are_no_tables(tmp_path: Path) -> None:
+    table, folder = tmp_path / 'a.parquet', tmp_path / 'scores.parquet'
+    table.write_bytes(b'')
+    with open_parts(folder) as parts:
+        parts.add(part_rows('/a.jpg')[0])
+    for word in (str(tmp_path), f'{tmp_path}/*', f'{tmp_path}/**/*.parquet'):
+        assert find_sources([word]) == ([], [str(table)]), word
+    (part,) = map(str, folder.iterdir())
+    assert find_sources([part]).containers == [part]
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """An empty object store in this process."""
+    store = fsspec.filesystem('memory')
+    yield store
+    store.rm('/bucket', recursive=True)
+
+
+def test_what_is_left_out_in_an_object_store(memory: Any) -> None:
+    for name in ('a.jpg', '._a.jpg', '.checkpoints/a.jpg', 'deep/.b.jpg', 'deep/b.jpg'):
+        memory.pipe_file(f'/bucket/.in/{name}', b'')
+    part = f'scores.parquet/scores-{"0" * 32}.parquet'
+    for name in ('a.tar', '.b.tar', part):
+        memory.pipe_file(f'/bucket/shards/{name}', b'')
+    files = ['memory://bucket/.in/a.jpg', 'memory://bucket/.in/deep/b.jpg']
+    shards = ['memory://bucket/shards/a.tar']
+    assert find_sources(['memory://bucket/.in']) == (files, [])
+    assert find_sources(['memory://bucket/shards']) == ([], shards)
+    assert find_sources(['memory://bucket/shards/*.tar']) == ([], shards)
 
 
 def part_rows(*names: str, source: str = '', score: float | None = 3) -> list[Any]:
@@ -225,7 +286,29 @@ def test_parts_are_taken_up_again(tmp_path: Path) -> None:
     assert not open_parts(folder, retry=True).has_all('/s.tar')
     assert len(read_results(folder)) == 4
     assert len([*open_parts(folder).known()]) == 4
-    assert not open_parts(folder, overwrite=True).done
+    parts = open_parts(folder, overwrite=True)
+    assert not parts.done
+    assert not [*parts.known()]
+    assert len(read_results(folder)) == 4
+    parts.begin()
+    assert not [*folder.iterdir()]
+
+
+def test_a_store_without_empty_folders(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = memory.ls
+
+    def ls(path: str, **options: Any) -> Any:
+        if found := listed(path, **options):
+            return found
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(memory, 'ls', ls)
+    for done in (set(), {'/a.jpg'}):
+        with open_parts('memory://bucket/s.parquet') as parts:
+            assert parts.done == done
+            parts.add(part_rows('/a.jpg')[0])
 
 
 def test_a_stop_keeps_what_was_scored(tmp_path: Path) -> None:
@@ -337,6 +420,36 @@ def test_a_cluster_that_is_not_there_is_said_at_once(
     assert f'There is no Ray cluster at {address}' in capsys.readouterr().err
 
 
+def test_overwritten_scores_stay_until_there_is_a_cluster(
+    photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    pytest.importorskip('ray')
+    out = tmp_path / 's.parquet'
+    with open_parts(out) as parts:
+        parts.add(part_rows('/a.jpg')[0])
+    with socket.socket() as free:  # bound, but nobody listens
+        free.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{free.getsockname()[1]}'
+        run = ['score', str(tmp_path / 'photos'), '--engine', 'ray', '--ray-address']
+        assert main([*run, address, '-o', str(out), '--overwrite']) == 2
+    assert len(read_results(out)) == 1
+
+
+def test_a_cluster_leaves_the_handler_of_sigterm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip('ray')
+
+    def init(**options: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    monkeypatch.setattr(ray, 'init', init)
+    monkeypatch.setattr(cluster, '_hush', lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    with cluster.connected(None, 1):
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_the_command_imports_nothing_heavy_before_it_runs() -> None:
     code = (
         'import sys, pyiqa_clipkd.scoring.command; '
@@ -399,7 +512,7 @@ def test_an_object_store(bucket: str, tmp_path: Path, photos: dict[str, bytes]) 
         parts.add(part_rows('/a.jpg')[0])
     with open_parts(f'{bucket}/scores.parquet', retry=True) as parts:
         assert parts.done == {'/a.jpg'}
-    assert not open_parts(f'{bucket}/scores.parquet', overwrite=True).done
+    open_parts(f'{bucket}/scores.parquet', overwrite=True).begin()
     assert not open_parts(f'{bucket}/scores.parquet').done
 
 

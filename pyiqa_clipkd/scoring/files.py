@@ -155,12 +155,12 @@ def _recursive(pattern: str) -> Iterator[str]:
     parts = Path(pattern).parts
     first = parts.index('**')
     for root in glob.glob(str(Path(*parts[:first]))):
-        for names in _tree(root):
+        for names in tree(root):
             if _fits(names, parts[first:]):
                 yield os.path.join(root, *names)
 
 
-def _tree(root: str) -> Iterator[tuple[str, ...]]:
+def tree(root: str) -> Iterator[tuple[str, ...]]:
     """The names that lead to all that is in a folder and below; each folder once."""
     folders: set[tuple[int, int]] = set()
     waiting: list[tuple[str, ...]] = [()]

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -51,7 +53,7 @@ def connected(address: str | None, cpus: int | None) -> Iterator[None]:
     address = address or os.environ.get('RAY_ADDRESS')
     _check_reachable(address)
     own = {'num_cpus': cpus or default_workers(), 'include_dashboard': False}
-    with _without_noise():
+    with _without_noise(), _same_sigterm():
         ray.init(
             address=address or 'local',
             log_to_driver=False,
@@ -90,6 +92,18 @@ def _without_noise() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """Ray's own handler would end the process with another code, and not in order."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        mine = threading.current_thread() is threading.main_thread()
+        if mine and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _hush() -> None:

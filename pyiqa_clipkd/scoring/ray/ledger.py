@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-# Processes that a photograph may end. One may have been killed for another reason.
+# Processes that a photograph may end after it was named. One may have been killed for
+# another reason. The one before them, which made the others careful, isn't counted.
 DEATHS = 2
 
-FATAL = f'it ended {DEATHS} processes that read it'
+FATAL = f'it ended at least {DEATHS} processes that read it'
 
 
 class Advice(NamedTuple):

@@ -36,6 +36,12 @@ NAME = re.compile(r'scores-[0-9a-f]{32}\.parquet')
 ENDED = b'pyiqa_clipkd.ended'
 
 
+def is_part(name: str) -> bool:
+    """Whether a path or URI is that of a part, going by its name and folder."""
+    folder, file = os.path.split(name)
+    return folder.lower().endswith('.parquet') and bool(NAME.fullmatch(file))
+
+
 class Parts:
     """The scores of one metric, in a folder that grows by whole files.
 
@@ -43,7 +49,7 @@ class Parts:
         folder: path or URI.
         levels: the metric's words.
         identity: what the rows have in common; see `Results`.
-        overwrite: remove what is there.
+        overwrite: what is there counts for nothing; `begin` removes it.
         retry: remove the rows with an error.
 
     Attributes:
@@ -75,11 +81,15 @@ class Parts:
         self.waiting: list[Row] = []
         self.just_ended: dict[str, int] = {}
         self.written = time.monotonic()
-        for part in self._parts():
-            if overwrite:
-                self.store.rm_file(part)
-            else:
-                self._take(part, retry)
+        there = self._parts()
+        self.outdated = there if overwrite else []
+        for part in [] if overwrite else there:
+            self._take(part, retry)
+
+    def begin(self) -> None:
+        """Remove what is overwritten: nothing stands in the way of new rows."""
+        while self.outdated:
+            self.store.rm_file(self.outdated.pop())
 
     def _parts(self) -> list[str]:
         """The files of the folder, which is made.
@@ -93,7 +103,10 @@ class Parts:
                 'Choose another name.'
             )
         self.store.makedirs(self.path, exist_ok=True)
-        names = sorted(self.store.ls(self.path, detail=False))
+        try:
+            names = sorted(self.store.ls(self.path, detail=False))
+        except FileNotFoundError:  # object stores have no empty folders
+            return []
         seen = [name for name in names if not os.path.basename(name).startswith('.')]
         for name in seen:
             if not NAME.fullmatch(os.path.basename(name)):
@@ -146,7 +159,7 @@ class Parts:
         """The rows that are there: what a screen and a summary need of them."""
         wanted = ['path', 'score', 'level', 'error', SOURCE, ROW]
         wanted += [FAULTS] if HEADS in self.identity else []
-        for part in self._parts():
+        for part in [] if self.outdated else self._parts():
             yield from self._read(part).select(wanted).to_pylist()
 
     def has(self, row: Row) -> bool:

@@ -150,6 +150,10 @@ def _cell(cell: Any, source: str, row: int) -> Item:
     )
     if isinstance(data, str):
         data, path = None, data
+    value, kind = (path, str) if data is None else (data, bytes)
+    if value is not None and not isinstance(value, kind):
+        error = f'neither bytes nor a path, but {cell.type}'
+        return Item(f'{source}/{row}', b'', error, source, row)
     if data is None and path:
         return read_photograph(_beside(path, source), source, row)
     return Item(f'{source}/{row}', data or b'', '' if data else EMPTY, source, row)
@@ -170,7 +174,7 @@ def image_column(schema: Any, wanted: str | None = None) -> str:
     Args:
         schema: pyarrow's.
         wanted: its name; by default the only one with bytes, or with bytes and path as
-            Hugging Face writes them, or else the first of `PATH_COLUMNS`.
+            Hugging Face writes them, or else the first of `PATH_COLUMNS` with text.
 
     Raises:
         UnreadableError: if there is none, or more than one could be it.
@@ -182,13 +186,21 @@ def image_column(schema: Any, wanted: str | None = None) -> str:
             return any(kind.field(i).name == 'bytes' for i in range(kind.num_fields))
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
+    def has_paths(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(kind.field(i).name == 'path' for i in range(kind.num_fields))
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        return bool(types.is_string(kind) or types.is_large_string(kind))
+
     names = [field.name for field in schema]
     if wanted is not None:
         if wanted not in names:
             raise UnreadableError(f'no column {wanted}: there are {", ".join(names)}')
         return wanted
     found = [field.name for field in schema if has_bytes(field.type)]
-    found = found or [name for name in PATH_COLUMNS if name in names][:1]
+    texts = {field.name for field in schema if has_paths(field.type)}
+    found = found or [name for name in PATH_COLUMNS if name in texts][:1]
     if len(found) != 1:
         which = f'{" and ".join(found)} could be it' if found else 'no such column'
         raise UnreadableError(f'which column has the photographs? ({which}): --column')

@@ -69,6 +69,8 @@ class RaySession(Session):
         photographs, containers = self._left(sources)
         if photographs or containers:
             yield from self._scored(photographs, containers)
+        elif self.parts is not None:
+            self.parts.begin()
 
     def _scored(
         self, photographs: Sequence[str], containers: Sequence[Container]
@@ -79,6 +81,8 @@ class RaySession(Session):
             workers = plan(
                 self.arguments.device, number, cpus, self.arguments.worker_gpus
             )
+            if self.parts is not None:  # what is overwritten was kept as far as here
+                self.parts.begin()
             tasks: list[Task] = [*containers]
             tasks += tasks_of(photographs, workers.number)
             self.tally.start = self.told = time.perf_counter()

@@ -12,8 +12,16 @@ from pyiqa_clipkd.scoring.files import (
     entries,
     find_photographs,
     is_image_name,
+    tree,
 )
-from pyiqa_clipkd.scoring.ray.stores import is_remote, local_path, store_of, uri_of
+from pyiqa_clipkd.scoring.ray.parts import is_part
+from pyiqa_clipkd.scoring.ray.stores import (
+    is_remote,
+    local_path,
+    located,
+    store_of,
+    uri_of,
+)
 
 SHARDS = ('.tar', '.tar.gz', '.tgz')
 TABLES = ('.parquet',)
@@ -46,7 +54,8 @@ def find_sources(
     """List what is named; nothing is opened.
 
     A folder means the photographs in it and below; if it has none, its shards and
-    tables. What isn't there comes through, for its row to say so.
+    tables. What isn't there comes through, for its row to say so. Our own results are
+    no tables, unless one of their parts is named.
 
     Args:
         words: paths and URIs of photographs, shards (.tar), tables (.parquet) and
@@ -60,7 +69,10 @@ def find_sources(
     """
     found: dict[str, None] = {}
     for word in _words(words, stdin, b'\0' if nul else b'\n'):
-        found.update(dict.fromkeys(_remote(word) if is_remote(word) else _local(word)))
+        named = located(word)
+        for name in _remote(word) if is_remote(word) else _local(word):
+            if name == named or not is_part(name):
+                found[name] = None
     return Sources(
         [name for name in found if not is_container(name)],
         [name for name in found if is_container(name)],
@@ -84,19 +96,26 @@ def _local(word: str) -> Iterator[str]:
 def _everything(path: str) -> Iterator[str]:
     """A folder's files, or those that a pattern matches, and all below them."""
     for match in [path] if os.path.isdir(path) else sorted(glob.iglob(path)):
-        yield match
-        yield from sorted(glob.iglob(f'{glob.escape(match)}/**', recursive=True))
+        yield from sorted(
+            os.path.join(match, *names)
+            for names in tree(match)
+            if not names or not names[-1].startswith('.')
+        )
 
 
 def _remote(word: str) -> Iterator[str]:
     store, path = store_of(word)
     matches = sorted(store.glob(path)) if glob.has_magic(path) else []
+    if '/.' not in path:
+        matches = [match for match in matches if '/.' not in match]
     for match in matches or [path]:
         known = is_container(match) or is_image_name(match)
         if known or not store.isdir(match):
             yield uri_of(word, match)
             continue
-        below = sorted(store.find(match))
+        base = match.rstrip('/')
+        found = sorted(store.find(match))
+        below = [name for name in found if '/.' not in name.removeprefix(base)]
         listed = [n for n in below if is_image_name(n)] or [*_containers(below)]
         yield from (uri_of(word, name) for name in listed)
 
