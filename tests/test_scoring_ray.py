@@ -718,3 +718,15 @@ def test_a_driver_is_killed_and_the_same_command_goes_on(
     expected = read_results(tmp_path / 'e.parquet')
     assert_as_on_one_machine(rows[rows['source'] == ''], expected)
     assert set(rows[rows['source'] != '']['row']) == set(range(50))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_it_in_order(sources: Path, tmp_path: Path) -> None:
+    arguments = [str(sources / 'photos'), '-o', 's.parquet', '--workers', '1']
+    job = Job(tmp_path, *arguments, '--crops', '4')
+    job.wait_for(lambda: [*(tmp_path / 's.parquet').glob('scores-*')])
+    job.process.terminate()
+    text = job.end(143)
+    assert 'Stopped. The same command goes on.' in text
+    assert 'Traceback' not in text
+    assert 0 < len(read_results(tmp_path / 's.parquet')) < 51 + len(ODD)
