@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from pyiqa_clipkd.plain_pickle import Allowed, NeedsCodeError, PlainUnpickler
+from pyiqa_clipkd.header import MOST_DIMENSIONS
+from pyiqa_clipkd.plain_pickle import Allowed, NeedsCodeError, PlainUnpickler, dict_of
 
 DTYPES = {
     'DoubleStorage': torch.float64,
@@ -32,7 +33,7 @@ DTYPES = {
     'BoolStorage': torch.bool,
 }
 
-# No compressed record is unpacked beyond this (those of tensors are not compressed), no
+# All compressed records together take no more (those of tensors are not compressed), no
 # pickle is larger, and no tensor whose elements share their place.
 MOST_BYTES = 1 << 28
 
@@ -60,6 +61,16 @@ def _value(value: Any, *_: Any) -> Any:
     return value
 
 
+def _device(*parts: Any) -> str:
+    """For instance `cuda:0`: short, as each call may be given what another one gave."""
+    if len(parts) > 2 or any(type(part) not in (str, int) for part in parts):
+        raise ValueError('it has a device that is none')
+    name = ':'.join(map(str, parts))
+    if len(name) > 32:
+        raise ValueError(f'it has a device with a name of {len(name)} characters')
+    return name
+
+
 # What a checkpoint may name, and what stands for calling it.
 REBUILD = Allowed(
     'tensor',
@@ -72,11 +83,9 @@ ALLOWED = {
     ('torch._utils', '_rebuild_tensor_v2'): REBUILD,
     ('torch._utils', '_rebuild_parameter'): Allowed('parameter', _value),
     ('torch', 'Size'): Allowed('Size', _value),
-    ('torch', 'device'): Allowed('device', lambda *parts: ':'.join(map(str, parts))),
-    ('collections', 'OrderedDict'): Allowed(
-        'OrderedDict', lambda *pairs: dict(*pairs), dict
-    ),
-    ('collections', 'Counter'): Allowed('Counter', lambda *pairs: dict(*pairs), dict),
+    ('torch', 'device'): Allowed('device', _device),
+    ('collections', 'OrderedDict'): Allowed('OrderedDict', dict_of, dict),
+    ('collections', 'Counter'): Allowed('Counter', dict_of, dict),
 } | {('torch', name): Allowed(name) for name in DTYPES}
 
 
@@ -136,9 +145,14 @@ class Storages:
         if not isinstance(stored.storage, Storage):
             raise ValueError('it has a tensor without a storage')
         storage = self.load_storage(stored.storage)
-        numbers = math.prod(_checked(size, int) for size in stored.size)
-        if numbers > max(len(storage), MOST_BYTES // 8):
-            raise ValueError(f'a tensor of {numbers} numbers has {len(storage)}')
+        most = max(len(storage), MOST_BYTES // 8)
+        sizes = [_checked(size, int) for size in stored.size]
+        if len(sizes) > MOST_DIMENSIONS or any(size > most for size in sizes):
+            raise ValueError('it has a tensor of an odd size')
+        if math.prod(sizes) > most:
+            raise ValueError(
+                f'a tensor of {math.prod(sizes)} numbers has {len(storage)}'
+            )
         return storage.as_strided(stored.size, stored.stride, stored.offset)
 
 
@@ -169,10 +183,8 @@ class Archive(Storages):
             if optional:
                 return b''
             raise ValueError(f'it has no {name}') from None
-        packed = info.compress_type != zipfile.ZIP_STORED
-        if info.file_size > MOST_BYTES and (packed or name.endswith('.pkl')):
-            how = 'is compressed and would take' if packed else 'takes'
-            raise ValueError(f'{name} {how} {info.file_size} bytes')
+        if info.file_size > MOST_BYTES and name.endswith('.pkl'):
+            raise ValueError(f'{name} takes {info.file_size} bytes')
         return self.file.read(info)
 
 
@@ -181,12 +193,23 @@ def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip file none of whose parts is another one's, too.
 
     Raises:
-        ValueError: if its parts would be larger than the file (but for compression).
+        ValueError: if its parts would be larger than the file, or those that are
+            compressed than `MOST_BYTES`.
     """
     with zipfile.ZipFile(path) as file:
-        stored = [i for i in file.infolist() if i.compress_type == zipfile.ZIP_STORED]
-        if sum(info.file_size for info in stored) > path.stat().st_size:
+        stored, packed = 0, [0]
+        for info in file.infolist():
+            if info.compress_type == zipfile.ZIP_STORED:
+                stored += info.file_size
+            else:
+                packed.append(info.file_size)
+        if stored > path.stat().st_size:
             raise ValueError('its parts are larger than the file')
+        if sum(packed) > MOST_BYTES:
+            raise ValueError(
+                f'its compressed parts would take {sum(packed)} bytes, one of them '
+                f'{max(packed)} bytes'
+            )
         yield file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,15 @@ SHORT_HASH = 16
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, short enough for a message of ours."""
-    text = ' '.join(str(error).split())
-    return text if len(text) <= 300 else f'{text[:300]}...'
+# Characters of what others say that are shown.
+WORDS = 250
+
+
+def one_line(words: Exception | str) -> str:
+    """What an error says, which may repeat what is in a file: printable, and short."""
+    text = ' '.join(str(words).split())
+    line = text if len(text) <= WORDS else f'{text[:WORDS]}...'
+    return ''.join('?' if unicodedata.category(c)[0] == 'C' else c for c in line)
 
 
 # Bytes of a file of weights that is read: CLIP's largest take ten gigabytes.

@@ -12,6 +12,9 @@ from pyiqa_clipkd.description import KEY
 # Bytes: that of a network of 1,000 tensors takes a tenth of a megabyte.
 LARGEST_HEADER = 10 << 20
 
+# Of a tensor; networks have up to 5.
+MOST_DIMENSIONS = 16
+
 # Bits of an element.
 DTYPES = {
     'BOOL': 8, 'U8': 8, 'I8': 8, 'F8_E4M3': 8, 'F8_E5M2': 8,
@@ -57,7 +60,7 @@ def read_header(path: Path) -> Header:
         tensors = json.loads(text, object_pairs_hook=_once)
         metadata = tensors.pop('__metadata__', {})
         own = dict(json.loads(metadata.get(KEY, '{}')))
-        end = _end(tensors)
+        end = _end(tensors, size)
     except (
         *(ValueError, TypeError, AttributeError, KeyError, RecursionError),
         *(OverflowError, MemoryError),
@@ -82,15 +85,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _end(tensors: dict[str, Any]) -> int:
-    """Where the numbers end: each tensor's begin where those of another one end."""
+def _end(tensors: dict[str, Any], size: int) -> int:
+    """Where the numbers end: each tensor's begin where those of another one end.
+
+    Args:
+        tensors: as the header has them.
+        size: of the file: no number in it is larger.
+    """
     end = 0
     for name, entry in sorted(
         tensors.items(), key=lambda item: tuple(item[1]['data_offsets'])
     ):
         first, last = entry['data_offsets']
         sizes = (first, last, *entry['shape'])
-        if any(type(number) is not int or number < 0 for number in sizes):
+        if len(sizes) > 2 + MOST_DIMENSIONS or any(
+            type(number) is not int or not 0 <= number <= size for number in sizes
+        ):
             raise ValueError(f'{name!r} has odd sizes')
         if entry['dtype'] not in DTYPES:
             raise ValueError(f'{name!r} is of the unknown type {entry["dtype"]!r}')

@@ -52,11 +52,14 @@ def check_bundled(path: Path, sha256: str) -> None:
     Raises:
         ValueError: if it is another one.
     """
-    if path.parent == BUNDLED_FOLDER and _sums().get(path.name, sha256) != sha256:
-        raise ValueError(
-            f'{path} is damaged or was changed: its SHA-256 is not that in {SUMS}. '
-            'Reinstall it: pip install --force-reinstall --no-deps pyiqa-clipkd'
-        )
+    folder = BUNDLED_FOLDER.resolve()
+    for place in (path, path.resolve()):  # either may be a link to the other
+        is_ours = place.parent.resolve() == folder
+        if is_ours and _sums().get(place.name, sha256) != sha256:
+            raise ValueError(
+                f'{path} is damaged or was changed: its SHA-256 is not that in {SUMS}. '
+                'Reinstall it: pip install --force-reinstall --no-deps pyiqa-clipkd'
+            )
 
 
 def state_sum(path: Path) -> None:

@@ -454,7 +454,7 @@ def check_shapes(
     wanted.pop('_extra_state', None)
     problems = [
         *(f'{name} is missing' for name in wanted if name not in tensors),
-        *(f'it has no {name}' for name in tensors if name not in wanted),
+        *(f'it has no {name[:100]!r}' for name in tensors if name not in wanted),
         *(
             f'{name} is {_kind(tensors[name])} instead of {_kind(tensor)}'
             for name, tensor in wanted.items()

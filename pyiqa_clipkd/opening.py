@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import stat
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
+
+from pyiqa_clipkd.files import one_line
 
 # Pillow refuses larger ones by default; see PIL.Image.MAX_IMAGE_PIXELS.
 MAX_PIXELS = 178_000_000
@@ -37,9 +38,6 @@ HEIC = (b'ftypheic', b'ftypheix', b'ftyphevc', b'ftyphevx', b'ftypmif1', b'ftypm
 # The largest file that may hold so many pixels: 16 bits a channel, not compressed, and
 # beside them what cameras and programs add. Some decoders read the file as a whole.
 FILE_BYTES_A_PIXEL, FILE_BYTES_BESIDE = 8, 1 << 28
-
-# Characters of a decoder's own words that are shown.
-WORDS = 200
 
 
 class UnreadableError(ValueError):
@@ -131,18 +129,12 @@ def reason(source: str | Path | BinaryIO, error: Exception) -> str:
         return 'too large'
     if isinstance(error, OSError) and (error.filename or error.errno == errno.EIO):
         return f'cannot be read: {error.strerror}'
-    text = one_line(str(error))
+    text = one_line(error)
     if 'embedded null' in text:
         return 'no such file: no name has a NUL byte'
     if 'truncated' in text.lower():
         return f'truncated: {text}'
     return f'damaged: {type(error).__name__}: {text}' if text else 'damaged'
-
-
-def one_line(text: str) -> str:
-    """A decoder's words, which may repeat what is in the file: printable, and short."""
-    line = ' '.join(text.split())[:WORDS]
-    return ''.join('?' if unicodedata.category(c)[0] == 'C' else c for c in line)
 
 
 def _beginning(source: str | Path | BinaryIO) -> bytes:

@@ -18,6 +18,9 @@ MOST_STEPS = 1_000_000
 # What a key of a dict may be: hashing a tuple in a tuple, and so on, can end a process.
 KEYS = (str, bytes, int, float, bool, type(None))
 
+# What a call may copy.
+COPIED = (dict, list)
+
 
 class NeedsCodeError(ValueError):
     """The file can't be read without running code in it."""
@@ -52,6 +55,30 @@ class Holder:
         self.attributes: dict[str, Any] = {}
 
 
+def dict_of(pairs: Any = ()) -> dict[Any, Any]:
+    """What stands for calling `dict`, with the keys that any dict here may have.
+
+    Raises:
+        ValueError: if it is called with anything but a dict or a list of pairs.
+    """
+    if pairs != () and not isinstance(pairs, COPIED):
+        raise ValueError('its pickle makes a dict of what is no list')
+    made: dict[Any, Any] = {}
+    for pair in pairs.items() if isinstance(pairs, dict) else pairs:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError('its pickle makes a dict of what are no pairs')
+        _set_item(made, *pair)
+    return made
+
+
+def _set_item(target: dict[Any, Any], key: Any, value: Any) -> None:
+    if not isinstance(key, KEYS):
+        raise ValueError(f'its pickle has a {type(key).__name__} as a key')
+    if key in target:
+        raise ValueError(f'its pickle has {key!r} twice')
+    target[key] = value
+
+
 # Gives what stands for `module` and `name`, or raises `NeedsCodeError`.
 Find = Callable[[str, str], Allowed]
 
@@ -77,6 +104,7 @@ class PlainUnpickler:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.steps = 0
 
     def load(self) -> Any:
         """What the pickle holds.
@@ -85,8 +113,9 @@ class PlainUnpickler:
             NeedsCodeError: if it names or does what isn't allowed.
             Exception: of many kinds, if it is damaged.
         """
-        for steps, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
-            if steps > MOST_STEPS:
+        for opcode, argument, _ in pickletools.genops(self.file):
+            self.steps += 1
+            if self.steps > MOST_STEPS:
                 raise ValueError(f'its pickle takes more than {MOST_STEPS} steps')
             if opcode.name in PUSHED:
                 self.stack.append(argument)
@@ -119,11 +148,7 @@ class PlainUnpickler:
         if not isinstance(target, dict) or len(values) % 2:
             raise ValueError('its pickle sets items of what is no dict')
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if not isinstance(key, KEYS):
-                raise ValueError(f'its pickle has a {type(key).__name__} as a key')
-            if key in target:
-                raise ValueError(f'its pickle has {key!r} twice')
-            target[key] = value
+            _set_item(target, key, value)
 
     def append(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
@@ -146,6 +171,10 @@ class PlainUnpickler:
             raise NeedsCodeError('it calls what is no function')
         if not isinstance(arguments, tuple):
             raise ValueError('its pickle has arguments that are no tuple')
+        # Each call may copy them, and they may be the same ones every time.
+        self.steps += sum(len(part) for part in arguments if isinstance(part, COPIED))
+        if self.steps > MOST_STEPS:
+            raise ValueError(f'its pickle copies more than {MOST_STEPS} values')
         self.stack.append(function.call(*arguments))
 
     def new(self, _: Any) -> None:

@@ -27,6 +27,10 @@ from pyiqa_clipkd.plain_pickle import Allowed, Holder, PlainUnpickler
 # Of all archives of TorchScript, and of these alone.
 CONSTANTS = 'constants.pkl'
 
+# Characters of all names together, far more than CLIP's have. A module in two places has
+# two names, and a file of two kilobytes can have one in 2^50 places.
+MOST_CHARACTERS = 4_000_000
+
 # Lists of one type, and values with their type.
 TYPED = Allowed('typed value', lambda value, *_: value)
 ALLOWED_HERE = ALLOWED | {
@@ -49,8 +53,19 @@ def _find(module: str, name: str) -> Allowed:
 
 
 class _Modules(Archive):
+    def __init__(self, file: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file, root)
+        self.known_names: dict[tuple[str, str], list[str] | None] = {}
+        self.characters = 0
+
     def tensor_names(self, holder: Holder) -> list[str] | None:
         """Names of its parameters and buffers; `None` for what is no module."""
+        kind = holder.module, holder.name
+        if kind not in self.known_names:
+            self.known_names[kind] = self._read_names(holder)
+        return self.known_names[kind]
+
+    def _read_names(self, holder: Holder) -> list[str] | None:
         path = f'code/{holder.module.replace(".", "/")}.py'
         code = self.read(path).decode()
         found = re.search(
@@ -69,6 +84,13 @@ class _Modules(Archive):
         names = self.tensor_names(holder)
         if names is None:
             return
+        self.characters += sum(
+            len(prefix) + len(str(name)) + 1 for name in (*names, *holder.attributes)
+        )
+        if self.characters > MOST_CHARACTERS:
+            raise ValueError(
+                f'its names have more than {MOST_CHARACTERS} characters together'
+            )
         for name in names:
             value = holder.attributes[name]
             if isinstance(value, StoredTensor):

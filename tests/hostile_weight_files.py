@@ -159,6 +159,7 @@ def flipped(content: bytes, at: int) -> bytes:
 SYSTEM = b'cposix\nsystem\n'
 TOUCH = f'touch {CANARY}'.encode()
 CALL = b'(U' + bytes([len(TOUCH)]) + TOUCH + b'tR'
+ORDERED = b'ccollections\nOrderedDict\n'
 REBUILD = b'ctorch._utils\n_rebuild_tensor_v2\n'
 STORAGE = b'((Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nI%d\ntQ'
 
@@ -175,6 +176,36 @@ def tensor_pickle(size: bytes, stride: bytes, numel: int) -> bytes:
         + stride
         + (b'\x89}tRs.')
     )
+
+
+def _called(name: bytes, argument: bytes, *, times: int = 1) -> bytes:
+    """A checkpoint in which `name` is called, and again, each time with the same."""
+    return with_pickle(
+        b'\x80\x02' + argument + b'q\0' + (name + b'h\0\x85R') * times + b'.'
+    )
+
+
+def doubling_device(times: int) -> bytes:
+    """The name of each device is twice that of the one before."""
+    twice = b'q\0' + b'ctorch\ndevice\nh\0h\0\x86R'
+    return with_pickle(b'\x80\x02Vcuda\n' + twice * times + b'.')
+
+
+def module_in_many_places(levels: int) -> bytes:
+    """Each level holds the one below twice: 2^levels names of one tensor or none."""
+    module = b'c__torch__.m\nM\n)\x81}(Vw\nN'
+    chain = b'q\0' + module + b'Va\nh\0Vb\nh\0ub'
+    return torchscript(b'\x80\x02' + module + b'ub' + chain * levels + b'.')
+
+
+def packed_parts(size: int, count: int) -> bytes:
+    """A zip file whose compressed parts take little, and unpacked much."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as new:
+        for number in range(count):
+            new.writestr(f'archive/data/{number}', bytes(size))
+        new.writestr('archive/data.pkl', b'\x80\x02}.')
+    return file.getvalue()
 
 
 def _unpickled(name: bytes) -> bytes:
@@ -220,6 +251,7 @@ CODE: dict[str, Make] = {
     ),
     'BUILD.pth': lambda _: with_pickle(b'\x80\x02csubprocess\nPopen\n)\x81}b.'),
     'EXT1.pth': lambda _: with_pickle(b'\x80\x02\x82\x01' + CALL + b'.'),
+    'a class with escapes.pth': lambda _: with_pickle(b'\x80\x02cposix\x1b[31m\nx\n.'),
     'PERSID.pth': lambda _: with_pickle(b'P' + TOUCH + b'\n.'),
     'eval.pth': lambda _: _unpickled(b'cbuiltins\neval\n'),
     'getattr.pth': lambda _: _unpickled(b'cbuiltins\ngetattr\n'),
@@ -256,6 +288,21 @@ DAMAGE: dict[str, Make] = {
     'a list that is its own key.pth': lambda _: with_pickle(
         b'\x80\x02}]q\0h\0a' + b'Ns.'
     ),
+    'tuples in tuples as a key of pairs.pth': lambda _: _called(
+        ORDERED, b'])' + b'\x85' * 60_000 + b'N\x86a'
+    ),
+    'a dict of what are no pairs.pth': lambda _: _called(ORDERED, b']Vabc\na'),
+    'a dict of text.pth': lambda _: _called(ORDERED, b'Vab\n'),
+    'a dict of pairs again and again.pth': lambda _: _called(
+        ORDERED, b'}(' + b''.join(b'I%d\nN' % n for n in range(2000)) + b'u', times=600
+    ),
+    'a device that is a list.pth': lambda _: _called(b'ctorch\ndevice\n', b']'),
+    'a device whose name doubles.pth': lambda _: doubling_device(50),
+    'a tensor of many dimensions.pth': lambda _: with_pickle(
+        tensor_pickle(b'(' + b'K\1' * 17 + b't', b'(' + b'K\1' * 17 + b't', 432)
+    ),
+    'parts that unpack to 320 MB.pth': lambda _: packed_parts(40 << 20, 8),
+    'a module in 2^50 places.pt': lambda _: module_in_many_places(50),
     'a name twice.pth': lambda _: with_pickle(b'\x80\x02}(Va\nK\1Va\nK\2u.'),
     'a tensor of 4 TB in 4 bytes.pth': lambda _: with_pickle(
         tensor_pickle(b'\x8a\x05\0\0\0\0\x10\x85', b'K\0\x85', 1)
@@ -310,6 +357,12 @@ DAMAGE: dict[str, Make] = {
     ),
     'a tensor of 4 EB.safetensors': lambda _: header(
         entries(entry('a', 0, 4, shape=(1 << 60,))), bytes(4)
+    ),
+    'a tensor of 300,000 dimensions.safetensors': lambda _: header(
+        entries(entry('a', 0, 4, shape=(9,) * 300_000)), bytes(4)
+    ),
+    'a dimension of 4000 digits.safetensors': lambda _: header(
+        entries(entry('a', 0, 4, shape=(10**4000, 0))), bytes(4)
     ),
     'offsets beyond the end.safetensors': lambda _: header(
         entries(entry('a', 1 << 50, (1 << 50) + 4)), bytes(4)
@@ -395,6 +448,9 @@ LIES: dict[str, Make] = {
         ),
         'a tensor missing': lambda _: published(without('encoder.projection.bias')),
         'a tensor too much': lambda _: published({**PLAIN, 'x': torch.ones(1)}),
+        'a name of escapes': lambda _: published(
+            {**PLAIN, '\x1b[2J\x9b\u202e' * 2000: torch.ones(1)}
+        ),
         'another shape': lambda _: published(
             changed('head.anchors', lambda tensor: tensor.T.contiguous())
         ),
