@@ -27,8 +27,8 @@ from pyiqa_clipkd.plain_pickle import Allowed, Holder, PlainUnpickler
 # Of all archives of TorchScript, and of these alone.
 CONSTANTS = 'constants.pkl'
 
-# Characters of all names together, far more than CLIP's have. A module in two places has
-# two names, and a file of two kilobytes can have one in 2^50 places.
+# Characters of all names together, far more than CLIP's have. A module in two places
+# has two names, and a file of two kilobytes can have one in 2^50 places.
 MOST_CHARACTERS = 4_000_000
 
 # Lists of one type, and values with their type.
