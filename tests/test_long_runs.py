@@ -358,7 +358,7 @@ def test_scores_on_a_full_disk_go_on_when_there_is_room(
     folder = str(photographs_of_two / 'a')
     whole = tmp_path / f'whole.{ending}'
     seconds_of(['score', folder, '--quiet', '-o', str(whole)], tmp_path)
-    with small_disk(tmp_path, 8) as disk:
+    with small_disk(tmp_path, 4) as disk:
         output = disk / f'a.{ending}'
         words = ['score', folder, '--quiet', '-o', str(output)]
         refused(words, output.name)
