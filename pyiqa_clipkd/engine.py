@@ -121,6 +121,17 @@ class TrainingEngine:
         """t / T in optimizer steps: 0 in the first one, 1 in the last one."""
         return min(1.0, self._step(iteration) / max(1, self.steps - 1))
 
+    def rate_factor(self, progress: float, floor: float, warmup: float) -> float:
+        """What the learning rate is multiplied by at `progress` = t / T.
+
+        It falls on a cosine from 1 to `floor`, after a linear warm-up over `warmup`, a
+        share of the steps.
+        """
+        factor = floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+        if progress < warmup:
+            factor *= (progress + 1 / self.steps) / warmup
+        return min(factor, 1.0)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Around the student's forward pass, and nothing else."""
         if self.dtype is None:

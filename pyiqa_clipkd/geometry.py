@@ -1,4 +1,4 @@
-"""Where squares lie in a photograph: numbers alone, for torch and without it."""
+"""Where squares lie in a photograph, and their values: for torch and without it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from collections.abc import Iterator
 # Strips longer than this multiple of their width are therefore cut before the resize.
 LONGEST_STRIP = 16
 
+# Beyond [0, 1], where images were normalized before and back.
+ROUNDING = 1e-3
+
 # 1/g and 1/g^2 with g^3 = g + 1: multiples of it fill a square evenly.
 CROP_STEPS = (0.7548776662466927, 0.5698402909980532)
+
+
+def in_unit_range(low: float, high: float) -> bool:
+    """Whether the lowest and highest value of an image are those of one, and no NaN."""
+    return low >= -ROUNDING and high <= 1 + ROUNDING
 
 
 def strip_shape(height: int, width: int) -> tuple[int, int]:

@@ -372,13 +372,10 @@ class CLIPKDModel(GeneralIQAModel):
     def _set_learning_rate(self, progress: float) -> None:
         if self._cosine_floor is None:
             return
-        cosine = (1 + math.cos(math.pi * progress)) / 2
-        factor = self._cosine_floor + (1 - self._cosine_floor) * cosine
-        if progress < self._warmup:
-            factor *= (progress + 1 / self.engine.steps) / self._warmup
+        factor = self.engine.rate_factor(progress, self._cosine_floor, self._warmup)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group['lr'] = group['initial_lr'] * min(factor, 1.0)
+                group['lr'] = group['initial_lr'] * factor
 
     def feed_data(self, data: dict[str, Any]) -> None:
         """Take images and labels; a reference image, where there is one, is ignored."""

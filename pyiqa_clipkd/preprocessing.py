@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyiqa_clipkd.geometry import centre, crop_corners, resized_shape, strip_shape
+from pyiqa_clipkd.geometry import (
+    centre,
+    crop_corners,
+    in_unit_range,
+    resized_shape,
+    strip_shape,
+)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Beyond [0, 1], where images were normalized before and back.
-ROUNDING = 1e-3
 
 
 def check_images(img: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def _check_values(img: Tensor) -> None:
     if torch.is_grad_enabled() or recorded or img.is_meta:
         return
     low, high = (limit.item() for limit in img.aminmax())
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also of NaN
+    if not in_unit_range(low, high):
         raise ValueError(
             f'`img` must be in [0, 1], but got values from {low:g} to {high:g}. '
             'Of 0 to 255 take `img / 255`, of -1 to 1 `(img + 1) / 2`, and clamp.'

@@ -24,6 +24,7 @@ from pyiqa_clipkd.description import (
     is_plain_name,
 )
 from pyiqa_clipkd.files import SHORT_HASH, checked_file, file_hash, one_line
+from pyiqa_clipkd.geometry import in_unit_range
 from pyiqa_clipkd.images import squares, upright
 from pyiqa_clipkd.locations import (
     BUNDLED_FOLDER,
@@ -37,9 +38,6 @@ from pyiqa_clipkd.scale import level_of, to_100
 
 # Endings of files that onnxruntime can't open, so what has one is no metric's name.
 NO_NAMES = ('.pt2', '.pt', '.pth', SUFFIX)
-
-# Beyond [0, 1], where squares were normalized before and back.
-ROUNDING = 1e-3
 
 # Score (N,), probabilities (N, L) of metrics with levels, attributes (N, 5) on request.
 Outputs = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
@@ -174,7 +172,7 @@ class Runtime:
             )
         if squares.size:
             low, high = squares.min(), squares.max()
-            if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also of NaN
+            if not in_unit_range(low, high):
                 raise ValueError(
                     '`squares` must be in [0, 1], but got values from '
                     f'{low:g} to {high:g}.'

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyiqa_clipkd.geometry import in_unit_range
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import DEFAULT_METRIC
 
@@ -20,9 +21,6 @@ except ModuleNotFoundError as error:
         'pyiqa_clipkd.torchmetric needs torchmetrics: pip install torchmetrics',
         name=error.name,
     ) from error
-
-# Beyond [0, 1], where images were normalized before and back.
-ROUNDING = 1e-3
 
 
 class QualityScore(Metric):
@@ -81,7 +79,7 @@ class QualityScore(Metric):
             images = images / 255
         scores = self.network(images)
         low, high = (limit.item() for limit in images.detach().aminmax())
-        if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        if not in_unit_range(low, high):
             raise ValueError(
                 f'`images` must be in [0, 1], but got values from {low:g} to {high:g}. '
                 'Of networks that end in [-1, 1] take `(images + 1) / 2`, and clamp.'

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from resize_images import preparation
 from tqdm import tqdm
 
 from pyiqa_clipkd.degradations import DISTORTIONS, LEVELS, degrade
+from pyiqa_clipkd.ranking import MILDEST
 
-MILDEST = 0.5
 # The copies of a pair are at most so many levels apart: neighbours are the hard ones.
 WIDEST = 2.0
 
@@ -36,8 +36,7 @@ def arrays_of(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One photograph (S, S, 3), its copies (chains, 2, S, S, 3), levels (chains, 2)."""
     name, train = row
-    resize = Resize(size, interpolation=InterpolationMode.BICUBIC)
-    small = Compose([resize, CenterCrop(size)])
+    small = preparation(size)
     photograph = Image.open(images / name).convert('RGB')
     draw = np.random.default_rng(list(name.encode()))
     copies, levels = [], []

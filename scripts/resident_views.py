@@ -34,8 +34,8 @@ class Store:
         self.photographs, self.copies = whole('photographs'), whole('copies')
         self.levels = whole('levels')
         self.mos = LOWEST + (HIGHEST - LOWEST) * whole('mos')[:, None]
-        self.train = whole('train').nonzero()[:, 0]
-        self.held_out = (~whole('train')).nonzero()[:, 0]
+        train = whole('train')
+        self.train, self.held_out = train.nonzero()[:, 0], (~train).nonzero()[:, 0]
         self.side = self.photographs.shape[1]
 
 

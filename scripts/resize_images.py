@@ -23,15 +23,20 @@ from pyiqa_clipkd.files import written_whole
 OPTIONS: dict[str, dict[str, int]] = {'png': {'compress_level': 1}, 'bmp': {}}
 
 
+def preparation(size: int) -> Compose:
+    """What an option file's `resize` and `center_crop` do with a photograph."""
+    bicubic = Resize(size, interpolation=InterpolationMode.BICUBIC)
+    return Compose([bicubic, CenterCrop(size)])
+
+
 def resize(name: str, images: Path, output: Path, size: int, form: str) -> str:
     """Write one photograph below `output`; what exists is kept. Returns its name."""
     new = Path(name).with_suffix(f'.{form}')
     path = output / new
     if not path.is_file():
-        bicubic = Resize(size, interpolation=InterpolationMode.BICUBIC)
         image = Image.open(images / name).convert('RGB')
         path.parent.mkdir(parents=True, exist_ok=True)
-        small = Compose([bicubic, CenterCrop(size)])(image)
+        small = preparation(size)(image)
         with written_whole(path) as partial:
             small.save(partial, form, **OPTIONS[form])
     return str(new)

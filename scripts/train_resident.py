@@ -31,7 +31,7 @@ from pyiqa_clipkd.experiment import recorded_commit
 from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.head import QualityOutput
 from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
-from pyiqa_clipkd.loss import CosineSoftHardLoss
+from pyiqa_clipkd.loss import CosineSoftHardLoss, soft_weight_at
 from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
 from pyiqa_clipkd.options import load_options, with_split
 from pyiqa_clipkd.ranking import DegradationRankingLoss
@@ -247,12 +247,11 @@ class Step:
 
     def _set_learning_rate(self, progress: float) -> None:
         scheduler = self.training.train['scheduler']
-        floor, warmup = scheduler['min_ratio'], scheduler['warmup']
-        factor = floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-        if progress < warmup:
-            factor *= (progress + 1 / self.engine.steps) / warmup
+        factor = self.engine.rate_factor(
+            progress, scheduler['min_ratio'], scheduler['warmup']
+        )
         for group in self.optimizer.param_groups:
-            group['lr'] = self.lr * min(1.0, factor)
+            group['lr'] = self.lr * factor
 
     @torch.no_grad()
     def _targets(self, images: Tensor) -> list[QualityOutput]:
@@ -283,9 +282,8 @@ class Step:
                 'score': weight * F.mse_loss(score, mean),
             }
         if self.hints is not None:
-            fading = (1 + math.cos(math.pi * progress)) / 2
             mine, theirs = (stages.maps for stages in self.stages)
-            losses['hints'] = fading * self.hints(mine, theirs)
+            losses['hints'] = soft_weight_at(progress) * self.hints(mine, theirs)
         if k := len(batch.levels):
             copies = score[n : n + 3 * k]
             losses['ranking'] = training.ranking(score[:n], copies, batch.levels)
