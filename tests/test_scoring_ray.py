@@ -371,6 +371,47 @@ def test_a_photograph_that_ends_its_process_twice_is_left_out() -> None:
     assert not ledger.begin('work').careful
 
 
+MIXED = [(64, 0.0), (8, 2.0), (8, 2.0), (16, 0.0)]  # cores and GPUs of machines
+
+
+@pytest.mark.parametrize(
+    ('cpus', 'gpus', 'wanted'),
+    [(1, 1, 4), (4, 1, 4), (5, 1, 2), (1, 0.5, 8), (9, 1, 0), (0, 4, 0), (12, 0, 6)],
+)
+def test_a_worker_s_cores_and_gpus_are_on_one_machine(
+    cpus: int, gpus: float, wanted: int
+) -> None:
+    assert cluster.room(MIXED, cpus, gpus) == wanted
+
+
+@pytest.mark.slow
+def test_cores_of_machines_without_gpus_are_not_counted_for_workers_with_one() -> None:
+    ray = pytest.importorskip('ray')
+    utils = pytest.importorskip('ray.cluster_utils')
+    machines = utils.Cluster(initialize_head=True, head_node_args={'num_cpus': 6})
+    try:
+        machines.add_node(num_cpus=4, num_gpus=2)
+        ray.init(address=machines.address, log_to_driver=False)
+        assert cluster.plan('auto', None, None, None) == (2, 2, 1)
+        assert cluster.plan('auto', 1, None, None) == (1, 4, 1)
+        assert cluster.plan('auto', None, None, 0.5) == (4, 1, 0.5)
+        assert cluster.plan('cpu', None, None, None) == (10, 1, 0)
+        assert cluster.plan('cpu', None, 4, None) == (2, 4, 0)
+        with pytest.raises(
+            ValueError,
+            match=r'2 workers with 3 cores and 1 GPUs each.*'
+            r'\(1 with 6 cores, 1 with 4 cores and 2 GPUs\)',
+        ):
+            cluster.plan('cuda', 2, 3, None)
+        with pytest.raises(ValueError, match='3 workers with 1 GPUs each need more'):
+            cluster.plan('cuda', 3, None, None)
+        with pytest.raises(ValueError, match='3 workers with 4 cores each need more'):
+            cluster.plan('cpu', 3, 4, None)
+    finally:
+        ray.shutdown()
+        machines.shutdown()
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pyiqa_clipkd.scoring.core import default_workers
@@ -132,23 +133,56 @@ def plan(
     """
     import ray
 
-    there = ray.cluster_resources()
-    cores, cards = int(there.get('CPU', 1)), there.get('GPU', 0)
+    nodes = [
+        (int(node['Resources'].get('CPU', 0)), node['Resources'].get('GPU', 0))
+        for node in ray.nodes()
+        if node['Alive']
+    ]
+    cards = sum(there for _, there in nodes)
     if device == 'cuda' or gpus or (device == 'auto' and cards):
         gpus = gpus or 1
-        count = workers or int(cards / gpus)
-        if count < 1 or count * gpus > cards:
+        count = workers or max(1, room(nodes, 1, gpus))
+        if room(nodes, 0, gpus) < count:
             raise ValueError(
-                f'{max(count, 1)} workers with {gpus:g} GPUs each need more than the '
-                f'{cards:g} of the cluster: choose --workers and --worker-gpus, or '
-                '--device cpu.'
+                f'{count} workers with {gpus:g} GPUs each need more than the {cards:g} '
+                'of the cluster: choose --workers and --worker-gpus, or --device cpu.'
             )
-        return Workers(count, cpus or max(1, math.floor(cores / count)), gpus)
-    count = workers or max(1, cores // (cpus or 1))
-    cpus = cpus or 1
-    if count * cpus > cores:
+        most = max(cores for cores, _ in nodes)
+        fitting = (c for c in range(most, 1, -1) if room(nodes, c, gpus) >= count)
+        cpus = cpus or next(fitting, 1)
+    else:
+        gpus, cpus = 0, cpus or 1
+        count = workers or max(1, room(nodes, cpus, gpus))
+    if room(nodes, cpus, gpus) < count:
+        beside = f' and {gpus:g} GPUs' if gpus else ''
         raise ValueError(
-            f'{count} workers with {cpus} cores each need more than the {cores} of the '
-            'cluster: choose --workers and --worker-cpus.'
+            f'{count} workers with {cpus} cores{beside} each need more than the '
+            f'machines of the cluster have ({_listed(nodes)}): choose --workers and '
+            '--worker-cpus.'
         )
-    return Workers(count, cpus, 0)
+    return Workers(count, cpus, gpus)
+
+
+def room(nodes: Sequence[tuple[int, float]], cpus: int, gpus: float) -> int:
+    """How many workers fit: each has its cores and GPUs on one machine.
+
+    Args:
+        nodes: cores and GPUs of each machine.
+        cpus, gpus: of each worker.
+    """
+    return sum(
+        min(
+            cores // cpus if cpus else sys.maxsize,
+            int(cards / gpus) if gpus else sys.maxsize,
+        )
+        for cores, cards in nodes
+    )
+
+
+def _listed(nodes: Sequence[tuple[int, float]]) -> str:
+    kinds = sorted(Counter(nodes).items(), reverse=True)[:5]
+    words = [
+        f'{count} with {cores} cores' + (f' and {cards:g} GPUs' if cards else '')
+        for (cores, cards), count in kinds
+    ]
+    return ', '.join(words)
