@@ -258,12 +258,13 @@ class Release:
         self._run(command, self.experiment(training).name)
 
     def store(self, split: Split) -> Path:
-        """The photographs as arrays, for trainings in a GPU's memory."""
+        """The photographs as arrays, for trainings from memory."""
         column = self.column(split)
         folder = Path('datasets', f'resident_{column}')
         if not (folder / 'names.csv').is_file():
             where = ['--images', self.args.images, '--column', column, '-o', folder]
-            command = ['photograph_store.py', self.args.csv, *where, '--chains', 2]
+            form = ['--size', self.plan['size'], '--chains', 2]
+            command = ['photograph_store.py', self.args.csv, *where, *form]
             self._run(command, folder.name)
         return folder
 

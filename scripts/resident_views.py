@@ -28,8 +28,11 @@ class Store:
 
     def __init__(self, folders: list[Path], device: torch.device) -> None:
         def whole(name: str) -> Tensor:
-            parts = [np.load(folder / f'{name}.npy') for folder in folders]
-            return torch.cat([torch.from_numpy(part).to(device) for part in parts])
+            # Copy on write: in several processes on CPUs they are in memory once.
+            files = [folder / f'{name}.npy' for folder in folders]
+            parts = [np.load(file, mmap_mode='c') for file in files]
+            tensors = [torch.from_numpy(part).to(device) for part in parts]
+            return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
         self.photographs, self.copies = whole('photographs'), whole('copies')
         self.levels = whole('levels')

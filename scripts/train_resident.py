@@ -1,11 +1,11 @@
-"""Training with all photographs, and damaged copies of them, in a GPU's memory.
+"""Training with all photographs, and damaged copies of them, in memory.
 
-Reading files sets the pace of a small network on a fast GPU. Here nothing is read:
-crops, mirrors, zooms and mixtures are cut from what `photograph_store.py` wrote. The
-loss is that of the paper with what the training model adds in the host's loop (hints,
-ranking of damaged copies), plus the distance to the teachers' mean score. Several
-option files are trained one after the other, for instance
-configs/release/resident/teacher_ranked.yml.
+Reading files sets the pace of a small network on a fast GPU; on CPU cores it takes time
+from the network. Here nothing is read: crops, mirrors, zooms and mixtures are cut from
+what `photograph_store.py` wrote. The loss is that of the paper with what the training
+model adds in the host's loop (hints, ranking of damaged copies), plus the distance to
+the teachers' mean score. Several option files are trained one after the other, for
+instance configs/release/resident/teacher_ranked.yml.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from resident_views import Batch, Phase, Store, Views, resized
+from same_blocks import BlockOutputs, begin_as_lite, block_distance, measure_statistics
 from scipy.stats import pearsonr, spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyiqa_clipkd.encoders import open_gates
 from pyiqa_clipkd.engine import TrainingEngine
@@ -34,12 +36,14 @@ from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
 from pyiqa_clipkd.loss import CosineSoftHardLoss, soft_weight_at
 from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
 from pyiqa_clipkd.options import load_options, with_split
+from pyiqa_clipkd.pipeline import keep_freed_memory
 from pyiqa_clipkd.ranking import DegradationRankingLoss
 from pyiqa_clipkd.weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ('mixed_precision', 'clip_grad_norm', 'ema_decay', 'channels_last')
 STEPS_TO_TIME = 6
+BATCHES_TO_MEASURE, PHOTOGRAPHS_TO_MEASURE = 12, 16
 LOOKS = 4  # at the held-out side, in a training
 
 
@@ -50,12 +54,18 @@ class Training:
         options: the whole file.
         store: the photographs.
         device: to train on.
+        validated: how many photographs of the held-out side, at least.
     """
 
     def __init__(
-        self, options: dict[str, Any], store: Store, device: torch.device
+        self,
+        options: dict[str, Any],
+        store: Store,
+        device: torch.device,
+        validated: int = 10**6,
     ) -> None:
         self.options, self.store, self.device = options, store, device
+        self.validated = validated
         self.train: dict[str, Any] = options['train']
         torch.manual_seed(options['manual_seed'])
         split = options['datasets']['train']['split_index']
@@ -77,12 +87,24 @@ class Training:
         distillation.pop('type', None)
         self.distillation = CosineSoftHardLoss(**distillation)
         self.input_size = int(options['network']['input_size'])
+        if self.train.get('begin_as_lite'):
+            measure_statistics(self.net, self._photographs())
+
+    def _photographs(self) -> Iterator[Tensor]:
+        """Some of those to train on, whole and undamaged."""
+        views = self._views()
+        phase = Phase(1.0, self.input_size, PHOTOGRAPHS_TO_MEASURE, copies=0)
+        for _ in range(BATCHES_TO_MEASURE):
+            yield views.batch(phase).images
 
     def _network(self, path: str | None) -> Any:
         network = dict(self.options['network'])
         net: Any = build_from_config(network)
         if path:
             tensors = dict(read_weights(path).tensors)
+            if self.train.get('begin_as_lite'):
+                begin_as_lite(net, tensors)
+                return net
             open_gates(net)
             mine = net.state_dict()
             fitting = {k: v for k, v in tensors.items() if k in mine}
@@ -112,6 +134,7 @@ class Training:
             if iteration % max(1, total // LOOKS) == 0 or iteration == total:
                 history.append({'iteration': iteration, **self._look(losses)})
                 print(self.options['name'], json.dumps(history[-1]), flush=True)
+                self.save()
         cuda = self.device.type == 'cuda'
         return {
             'name': self.options['name'],
@@ -174,23 +197,32 @@ class Training:
 
     @torch.inference_mode()
     def validate(self, net: Any) -> dict[str, float]:
-        """On whole photographs of the held-out side, in the precision of training."""
+        """On whole held-out photographs, in the precision of training."""
         net.eval()
         net.preprocessing.input_size = self.input_size
         store = self.store
         scores = []
-        for rows in store.held_out.split(64):
+        every = max(1, len(store.held_out) // self.validated)
+        for rows in store.held_out[::every].split(64):
             images = store.photographs[rows].permute(0, 3, 1, 2).float() / 255
             with self.engine.autocast():
                 scores.append(net(resized(images, self.input_size)))
         found = torch.cat(scores)[:, 0].float().cpu().numpy()
-        mos = store.mos[store.held_out, 0].cpu().numpy()
+        mos = store.mos[store.held_out[::every], 0].cpu().numpy()
         net.train()
         return {
             'srcc': round(float(spearmanr(found, mos)[0]), 4),
             'plcc': round(float(pearsonr(found, mos)[0]), 4),
             'mae': round(float(np.abs(found - mos).mean()), 4),
         }
+
+    def save(self) -> Path:
+        """Below experiments/, where release.py looks; returns the checkpoint."""
+        path = Path('experiments', self.options['name'], 'models', 'net_best.pth')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as unfinished:
+            torch.save(self.engine.checkpoint(), unfinished)
+        return path
 
 
 def with_split_of(options: dict[str, Any], split: int) -> str | None:
@@ -211,12 +243,18 @@ class Step:
         self, training: Training, engine: TrainingEngine, net: QualityNetwork
     ) -> None:
         self.training, self.engine, self.net = training, engine, net
+        keep = training.train.get('keep_statistics', False)
+        norms = (m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+        self.kept = [*norms] if keep else []
         self.hints: FeatureHintLoss | None = None
         if training.train.get('feature_hints'):
             self.stages = StageOutputs(net), StageOutputs(training.teachers[0])
             mine, theirs = self.stages
             self.hints = FeatureHintLoss(mine.channels, theirs.channels)
             self.hints.to(training.device)
+        self.blocks: tuple[BlockOutputs, BlockOutputs] | None = None
+        if training.train.get('follow_blocks'):
+            self.blocks = BlockOutputs(net), BlockOutputs(training.teachers[0])
         optim = training.train['optim']
         self.lr: float = optim['lr']
         decay = float(optim.get('weight_decay', 0))
@@ -233,6 +271,9 @@ class Step:
         )
 
     def __call__(self, batch: Batch, phase: Phase, iteration: int) -> dict[str, Tensor]:
+        self.net.train()
+        for norm in self.kept:
+            norm.eval()
         progress = self.engine.progress(iteration)
         self._set_learning_rate(progress)
         images = self.engine.images(batch.images)
@@ -284,21 +325,14 @@ class Step:
         if self.hints is not None:
             mine, theirs = (stages.maps for stages in self.stages)
             losses['hints'] = soft_weight_at(progress) * self.hints(mine, theirs)
+        if self.blocks is not None:
+            mine, theirs = (outputs.maps for outputs in self.blocks)
+            follow = training.train['follow_blocks'] * soft_weight_at(progress)
+            losses['blocks'] = follow * block_distance(mine, theirs)
         if k := len(batch.levels):
             copies = score[n : n + 3 * k]
             losses['ranking'] = training.ranking(score[:n], copies, batch.levels)
         return losses
-
-
-def save(training: Training, record: dict[str, Any]) -> Path:
-    """Below experiments/, where release.py looks; returns the checkpoint."""
-    folder = Path('experiments', record['name'])
-    (folder / 'models').mkdir(parents=True, exist_ok=True)
-    path = folder / 'models' / 'net_best.pth'
-    with written_whole(path) as unfinished:
-        torch.save(training.engine.checkpoint(), unfinished)
-    (folder / 'run.json').write_text(json.dumps(record, indent=1) + '\n')
-    return path
 
 
 def main() -> None:
@@ -306,17 +340,24 @@ def main() -> None:
     parser.add_argument('-opt', type=Path, nargs='+', required=True, help='files')
     parser.add_argument('--store', type=Path, nargs='+', required=True, help='folders')
     parser.add_argument('--seconds', type=float, help='in place of `train: steps`')
-    parser.add_argument('--device', default='cuda')
+    parser.add_argument('--device', help='default: cuda, or cpu with `num_gpu: 0`')
+    parser.add_argument('--validated', type=int, default=10**6, help='photographs')
     parser.add_argument('--commit', default=recorded_commit(ROOT), help='to record')
     parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE')
     args = parser.parse_args()
-    device = torch.device(args.device)
+    files = [load_options(path, args.force_yml or []) for path in args.opt]
+    on_gpu = any(options.get('num_gpu', 1) for options in files)
+    device = torch.device(args.device or ('cuda' if on_gpu else 'cpu'))
+    if device.type == 'cpu':
+        keep_freed_memory()
     store = Store(args.store, device)
-    for path in args.opt:
-        options = load_options(path, args.force_yml or [])
-        training = Training(options, store, device)
+    for options in files:
+        training = Training(options, store, device, args.validated)
         record = training.run(args.seconds) | {'commit': args.commit}
-        print(save(training, record), record['seconds'], 's', flush=True)
+        path = training.save()
+        record_file = path.parents[1] / 'run.json'
+        record_file.write_text(json.dumps(record, indent=1) + '\n')
+        print(path, record['seconds'], 's', flush=True)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from script_modules import SCRIPTS, load_script
+from test_train_resident import options_of
 from training_data import (
     ENCODER,
     SIZE,
@@ -93,7 +94,7 @@ def test_two_splits_in_one_folder_are_refused_before_any_training(
 
 @pytest.fixture
 def release(tmp_path: Path) -> list[str]:
-    """The command, with a plan of two tiny trainings."""
+    """The command, with a plan of three tiny trainings, the last one from memory."""
     csv = write_images(tmp_path / 'data')
     folder = tmp_path / 'configs'
     folder.mkdir()
@@ -114,17 +115,26 @@ def release(tmp_path: Path) -> list[str]:
         'name': 'tiny_student_{split}',
         'teacher': {'weights': weights},
     }
+    last = options_of(
+        'tiny_more_{split}', **{k: student[k] for k in ('teacher', 'data')}
+    )
+    last |= {'script': 'train_resident.py', 'num_gpu': 0}
+    last['network'] = student['network']
+    weights = 'experiments/tiny_student_{split}/models/net_best.pth'
+    last['path'] = {'pretrain_network': weights}
+    write_options(folder / 'more.yml', last)
     write_options(folder / 'teacher.yml', teacher)
     write_options(folder / 'student.yml', student)
     plan = {
         'splits': [1, 2],
         'size': SIZE,
         'teacher': {'training': 'teacher.yml', 'input_size': SIZE},
-        'trainings': ['teacher.yml', 'student.yml'],
+        'trainings': ['teacher.yml', 'student.yml', 'more.yml'],
         'card': {'Data': 'noise', 'Licence': 'none'},
         'metrics': {
             NAME: {
-                'training': 'student.yml',
+                'training': 'more.yml',
+                'average': {'student.yml': 0.25, 'more.yml': 0.75},
                 'precision': 'float16',
                 'trained_on': 'a test machine',
             }
@@ -161,7 +171,9 @@ def test_one_command_makes_a_metric_with_its_card_and_does_nothing_twice(
         'Cost',
     ):
         assert row in card
-    assert 'teacher.yml, student.yml; seed 123' in card
+    assert (
+        'teacher.yml, student.yml, more.yml; the mean of weights: 75% of more' in card
+    )
     scores = json.loads((tmp_path / f'results/{NAME}.scores.json').read_text())
     assert scores['weights_sha256'] == file_hash(weights)
     assert scores['all']['images'] == 6

@@ -132,4 +132,4 @@ def test_a_training_that_blows_up_ends_with_its_losses(
     options['train']['optim'] = {'lr': 1e30}
     said = train(tmp_path, store, options)
     assert 'RuntimeError: wild: the losses are' in said
-    assert not (tmp_path / 'experiments').exists()
+    assert not (tmp_path / 'experiments/wild/run.json').exists()
