@@ -249,6 +249,18 @@ def test_what_is_left_out_in_an_object_store(memory: Any) -> None:
     assert find_sources(['memory://bucket/.in']) == (files, [])
     assert find_sources(['memory://bucket/shards']) == ([], shards)
     assert find_sources(['memory://bucket/shards/*.tar']) == ([], shards)
+    assert find_sources(['memory://bucket/shards/*']) == ([], shards)
+
+
+def test_a_table_in_an_object_store_may_be_a_folder_of_parts(memory: Any) -> None:
+    parts = [f'bucket/table.parquet/part-{n}.parquet' for n in range(2)]
+    for name in parts:
+        memory.pipe_file(f'/{name}', b'')
+    memory.pipe_file('/bucket/other.parquet', b'')
+    parts = [f'memory://{name}' for name in parts]
+    assert find_sources(['memory://bucket/table.parquet']) == ([], parts)
+    tables = ['memory://bucket/other.parquet', *parts]
+    assert find_sources(['memory://bucket/*.parquet']) == ([], tables)
 
 
 def part_rows(*names: str, source: str = '', score: float | None = 3) -> list[Any]:

@@ -109,7 +109,8 @@ def _remote(word: str) -> Iterator[str]:
     if '/.' not in path:
         matches = [match for match in matches if '/.' not in match]
     for match in matches or [path]:
-        known = is_container(match) or is_image_name(match)
+        # A table may be a folder of parts, ours are; nothing else is asked about.
+        known = is_shard(match) or is_image_name(match)
         if known or not store.isdir(match):
             yield uri_of(word, match)
             continue
