@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -20,11 +21,13 @@ from scoring_data import METRIC, ODD, encoded, photograph, write_odd
 from pyiqa_clipkd.command import main
 from pyiqa_clipkd.names import LEVELS
 from pyiqa_clipkd.scoring.backends import create_backend
+from pyiqa_clipkd.scoring.command import add_arguments
 from pyiqa_clipkd.scoring.contents import Content
 from pyiqa_clipkd.scoring.core import score_paths
 from pyiqa_clipkd.scoring.ray import cluster
 from pyiqa_clipkd.scoring.ray import parts as parts_module
 from pyiqa_clipkd.scoring.ray.ledger import DEATHS, FATAL, Advice, Ledger
+from pyiqa_clipkd.scoring.ray.options import device_of
 from pyiqa_clipkd.scoring.ray.parts import Parts
 from pyiqa_clipkd.scoring.ray.reading import Item, read_container, read_photograph
 from pyiqa_clipkd.scoring.ray.sources import find_sources
@@ -396,6 +399,16 @@ def test_a_worker_s_cores_and_gpus_are_on_one_machine(
     assert cluster.room(MIXED, cpus, gpus) == wanted
 
 
+@pytest.mark.parametrize(
+    ('words', 'wanted'),
+    [([], 'auto'), (['--backend', 'onnx'], 'cpu'), (['--weights', 'q.onnx'], 'cpu')],
+)
+def test_graphs_stay_on_processors(words: list[str], wanted: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert device_of(parser.parse_args(['photos', *words])) == wanted
+
+
 @pytest.mark.slow
 def test_cores_of_machines_without_gpus_are_not_counted_for_workers_with_one() -> None:
     ray = pytest.importorskip('ray')
@@ -436,6 +449,14 @@ def test_cores_of_machines_without_gpus_are_not_counted_for_workers_with_one() -
         (['--engine', 'ray', '--worker-gpus', '0'], 'must be above 0'),
         (['--engine', 'ray', '--worker-gpus', '1', '--device', 'cpu'], 'contradicts'),
         (['--engine', 'ray', '--device', 'mps'], 'needs --engine local'),
+        (
+            ['--engine', 'ray', '--worker-gpus', '1', '--backend', 'onnx'],
+            '`--worker-gpus` needs --backend torch, and no .onnx file.',
+        ),
+        (
+            ['--engine', 'ray', '--device', 'cuda', '--weights', 'a.onnx'],
+            '`--device cuda` needs --backend torch, and no .onnx file.',
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(

@@ -6,6 +6,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from pyiqa_clipkd.description import ONNX
 from pyiqa_clipkd.scoring.ray.stores import FILE, is_remote, local_path
 from pyiqa_clipkd.scoring.results import check_ending
 from pyiqa_clipkd.scoring.tables import PARQUET
@@ -63,6 +64,18 @@ def check_engine(arguments: argparse.Namespace) -> None:
         )
 
 
+def device_of(arguments: argparse.Namespace) -> str:
+    """What workers compute on: a graph stays on processors, also beside GPUs."""
+    device: str = arguments.device
+    return 'cpu' if device == 'auto' and _is_graph(arguments) else device
+
+
+def _is_graph(arguments: argparse.Namespace) -> bool:
+    weights = arguments.weights
+    file = weights is not None and weights.suffix.lower() == ONNX
+    return file or arguments.backend == 'onnx'
+
+
 def _check_ray(arguments: argparse.Namespace) -> None:
     if find_spec('ray') is None or find_spec('pyarrow') is None:
         raise ModuleNotFoundError(f'`--engine ray` needs Ray: `{INSTALL}`.')
@@ -83,3 +96,6 @@ def _check_ray(arguments: argparse.Namespace) -> None:
         raise ValueError(f'`--worker-gpus` must be above 0, but got {gpus:g}.')
     if gpus is not None and arguments.device == 'cpu':
         raise ValueError('`--worker-gpus` contradicts --device cpu.')
+    if _is_graph(arguments) and (gpus is not None or arguments.device == 'cuda'):
+        name = '--device cuda' if gpus is None else '--worker-gpus'
+        raise ValueError(f'`{name}` needs --backend torch, and no .onnx file.')

@@ -15,6 +15,7 @@ from pyiqa_clipkd.scoring.core import identity_of
 from pyiqa_clipkd.scoring.files import STDIN, unbuffered_stdin
 from pyiqa_clipkd.scoring.locks import locked
 from pyiqa_clipkd.scoring.ray.cluster import Workers, connected, plan
+from pyiqa_clipkd.scoring.ray.options import device_of
 from pyiqa_clipkd.scoring.ray.parts import Parts
 from pyiqa_clipkd.scoring.ray.pipeline import Task, stream, tasks_of
 from pyiqa_clipkd.scoring.ray.sources import Sources, find_sources
@@ -79,7 +80,7 @@ class RaySession(Session):
         wanted = number and number * (cpus or 1)
         with connected(self.arguments.ray_address, wanted):
             workers = plan(
-                self.arguments.device, number, cpus, self.arguments.worker_gpus
+                device_of(self.arguments), number, cpus, self.arguments.worker_gpus
             )
             if self.parts is not None:  # what is overwritten was kept as far as here
                 self.parts.begin()
