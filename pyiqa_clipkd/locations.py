@@ -64,7 +64,7 @@ def check_bundled(path: Path, sha256: str) -> None:
 
 def state_sum(path: Path) -> None:
     """Whoever makes a file of the package states what it is."""
-    if path.parent == BUNDLED_FOLDER:
+    if path.parent.resolve() == BUNDLED_FOLDER.resolve():
         sums = _sums() | {path.name: file_hash(path)}
         lines = [f'{digest}  {name}\n' for name, digest in sorted(sums.items())]
         (BUNDLED_FOLDER / SUMS).write_text(''.join(lines), encoding='utf-8')

@@ -372,6 +372,16 @@ def test_a_changed_file_is_refused_by_any_path(bundle: Path, tmp_path: Path) -> 
             locations.check_bundled(other, file_hash(other))
 
 
+def test_whoever_makes_a_bundled_file_states_it_by_any_path(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle / f'{LITE}.safetensors'
+    path.write_bytes(b'new')
+    monkeypatch.chdir(bundle.parent)
+    locations.state_sum(Path('bundled', path.name))
+    locations.check_bundled(path, file_hash(path))
+
+
 # --- graphs -----------------------------------------------------------------------
 
 
