@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 
 from pyiqa_clipkd.encoders import OPEN_GATE, open_gates
@@ -63,8 +64,13 @@ def begin_as_lite(network: QualityNetwork, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _blocks(network: QualityNetwork) -> list[nn.Module]:
-    stages: Any = network.encoder.backbone.get_submodule('blocks')
-    return [block for stage in stages for block in stage]
+    backbone: Any = network.encoder.backbone
+    if not isinstance(backbone, EfficientNet):
+        raise ValueError(
+            '`train: follow_blocks` needs an EfficientNet that follows another, but '
+            f'one of the two is {network.config["encoder"]}.'
+        )
+    return [block for stage in backbone.blocks for block in stage]
 
 
 def _norms(block: nn.Module) -> list[str]:
@@ -108,6 +114,9 @@ class BlockOutputs:
 
     Attributes:
         maps: one (N, C, H, W) a block, in order.
+
+    Raises:
+        ValueError: if it is another network.
     """
 
     def __init__(self, network: QualityNetwork) -> None:

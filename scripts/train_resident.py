@@ -100,6 +100,11 @@ class Training:
     def _network(self, path: str | None) -> Any:
         network = dict(self.options['network'])
         net: Any = build_from_config(network)
+        if self.train.get('begin_as_lite') and not path:
+            raise ValueError(
+                '`train: begin_as_lite` needs `path: pretrain_network`, the weights of '
+                'an efficientnet_lite.'
+            )
         if path:
             tensors = dict(read_weights(path).tensors)
             if self.train.get('begin_as_lite'):
@@ -254,6 +259,8 @@ class Step:
             self.hints.to(training.device)
         self.blocks: tuple[BlockOutputs, BlockOutputs] | None = None
         if training.train.get('follow_blocks'):
+            if not training.teachers:
+                raise ValueError('`train: follow_blocks` needs `teacher: weights`.')
             self.blocks = BlockOutputs(net), BlockOutputs(training.teachers[0])
         optim = training.train['optim']
         self.lr: float = optim['lr']

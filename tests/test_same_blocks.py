@@ -79,6 +79,27 @@ def test_only_a_lite0_and_a_b0_are_alike(lite: Any, encoder: str) -> None:
         same_blocks.begin_as_lite(student('efficientnet'), tensors)
 
 
+def test_only_efficientnets_have_blocks_to_follow() -> None:
+    with pytest.raises(ValueError, match=r'follow_blocks` .* is timm:resnet18'):
+        same_blocks.BlockOutputs(student('resnet18'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('wanted', 'message'),
+    [
+        ({'begin_as_lite': True}, 'needs `path: pretrain_network`, the weights'),
+        ({'follow_blocks': 1}, '`train: follow_blocks` needs `teacher: weights`.'),
+    ],
+)
+def test_a_training_without_what_it_begins_as_or_follows_says_so(
+    store: Path, tmp_path: Path, wanted: dict[str, Any], message: str
+) -> None:
+    options = options_of('lost')
+    options['train'] |= wanted
+    assert message in train(tmp_path, store, options)
+
+
 def test_statistics_are_those_of_the_images_and_momenta_stay() -> None:
     norm = torch.nn.BatchNorm2d(3, momentum=0.2).eval()
     images = 5 + 2 * torch.randn(4, 16, 3, 9, 9)
@@ -89,6 +110,7 @@ def test_statistics_are_those_of_the_images_and_momenta_stay() -> None:
     assert not norm.training
 
 
+@pytest.mark.slow
 def test_a_training_begins_as_the_lite0_and_follows_it(
     store: Path, tmp_path: Path, lite: Any
 ) -> None:

@@ -420,6 +420,7 @@ def test_cores_of_machines_without_gpus_are_not_counted_for_workers_with_one() -
         assert cluster.plan('auto', None, None, None) == (2, 2, 1)
         assert cluster.plan('auto', 1, None, None) == (1, 4, 1)
         assert cluster.plan('auto', None, None, 0.5) == (4, 1, 0.5)
+        assert cluster.plan('auto', None, 3, None) == (1, 3, 1)
         assert cluster.plan('cpu', None, None, None) == (10, 1, 0)
         assert cluster.plan('cpu', None, 4, None) == (2, 4, 0)
         with pytest.raises(

@@ -141,7 +141,7 @@ def plan(
     cards = sum(there for _, there in nodes)
     if device == 'cuda' or gpus or (device == 'auto' and cards):
         gpus = gpus or 1
-        count = workers or max(1, room(nodes, 1, gpus))
+        count = workers or max(1, room(nodes, cpus or 1, gpus))
         if room(nodes, 0, gpus) < count:
             raise ValueError(
                 f'{count} workers with {gpus:g} GPUs each need more than the {cards:g} '
