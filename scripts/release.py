@@ -260,7 +260,7 @@ class Release:
     def store(self, split: Split) -> Path:
         """The photographs as arrays, for trainings from memory."""
         column = self.column(split)
-        folder = Path('datasets', f'resident_{column}')
+        folder = Path('datasets', f'resident_{self.plan["size"]}_{column}')
         if not (folder / 'names.csv').is_file():
             where = ['--images', self.args.images, '--column', column, '-o', folder]
             form = ['--size', self.plan['size'], '--chains', 2]

@@ -36,15 +36,17 @@ def begin_as_lite(network: QualityNetwork, tensors: Mapping[str, Tensor]) -> Non
     Raises:
         ValueError: if the tensors are of another network.
     """
-    mine = network.state_dict()
-    gates = {name for name in mine if '.se.' in name}
-    fitting = {k: v for k, v in tensors.items() if k in mine and '.se.' not in k}
-    if missing := sorted(set(mine) - gates - set(fitting) - {'_extra_state'}):
+    gates = {name for name in network.state_dict() if '.se.' in name}
+    mine = network.state_dict().keys() - gates - {'_extra_state'}
+    theirs = tensors.keys() - {'_extra_state'}
+    alike = isinstance(network.encoder.backbone, EfficientNet) and mine == theirs
+    if not gates or not alike:
         raise ValueError(
             '`train: begin_as_lite` needs an efficientnet and the weights of an '
-            f'efficientnet_lite; {missing[0]} is in one of them only.'
+            f'efficientnet_lite; this is {network.config["encoder"]}, and '
+            f'{len(mine ^ theirs)} tensors are in one of the two only.'
         )
-    network.load_state_dict(fitting, strict=False)
+    network.load_state_dict({name: tensors[name] for name in mine}, strict=False)
     open_gates(network)
     encoder: Any = network.encoder
     _louder(encoder.backbone.bn1, WITHIN)

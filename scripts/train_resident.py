@@ -91,7 +91,7 @@ class Training:
             measure_statistics(self.net, self._photographs())
 
     def _photographs(self) -> Iterator[Tensor]:
-        """Some of those to train on, whole and undamaged."""
+        """Some of those to train on, undamaged and of the size to be scored."""
         views = self._views()
         phase = Phase(1.0, self.input_size, PHOTOGRAPHS_TO_MEASURE, copies=0)
         for _ in range(BATCHES_TO_MEASURE):
@@ -147,6 +147,7 @@ class Training:
             'steps': steps,
             'device': torch.cuda.get_device_name() if cuda else 'cpu',
             'torch': torch.__version__,
+            'validated': len(self._held_out()),
             'history': history,
             'options': self.options,
         }
@@ -207,19 +208,24 @@ class Training:
         net.preprocessing.input_size = self.input_size
         store = self.store
         scores = []
-        every = max(1, len(store.held_out) // self.validated)
-        for rows in store.held_out[::every].split(64):
+        held_out = self._held_out()
+        for rows in held_out.split(64):
             images = store.photographs[rows].permute(0, 3, 1, 2).float() / 255
             with self.engine.autocast():
                 scores.append(net(resized(images, self.input_size)))
         found = torch.cat(scores)[:, 0].float().cpu().numpy()
-        mos = store.mos[store.held_out[::every], 0].cpu().numpy()
+        mos = store.mos[held_out, 0].cpu().numpy()
         net.train()
         return {
             'srcc': round(float(spearmanr(found, mos)[0]), 4),
             'plcc': round(float(pearsonr(found, mos)[0]), 4),
             'mae': round(float(np.abs(found - mos).mean()), 4),
         }
+
+    def _held_out(self) -> Tensor:
+        """Rows of all photographs of that side, or of every n-th."""
+        held_out = self.store.held_out
+        return held_out[:: max(1, len(held_out) // self.validated)]
 
     def save(self) -> Path:
         """Below experiments/, where release.py looks; returns the checkpoint."""
@@ -360,9 +366,10 @@ def main() -> None:
     store = Store(args.store, device)
     for options in files:
         training = Training(options, store, device, args.validated)
+        record_file = Path('experiments', options['name'], 'run.json')
+        record_file.unlink(missing_ok=True)  # that of a training before
         record = training.run(args.seconds) | {'commit': args.commit}
         path = training.save()
-        record_file = path.parents[1] / 'run.json'
         record_file.write_text(json.dumps(record, indent=1) + '\n')
         print(path, record['seconds'], 's', flush=True)
 

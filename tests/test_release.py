@@ -7,6 +7,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pytest
 import torch
@@ -181,6 +182,9 @@ def test_one_command_makes_a_metric_with_its_card_and_does_nothing_twice(
     robustness = json.loads((tmp_path / f'results/{NAME}.robustness.json').read_text())
     assert set(robustness['scores']) == {'astronaut', 'chelsea', 'coffee', 'rocket'}
     assert robustness['moves']['png'] == {'median': 0, 'p95': 0}
+    stores = [*tmp_path.glob('datasets/resident_*/photographs.npy')]
+    shapes = {np.load(store, mmap_mode='r').shape[1:] for store in stores}
+    assert shapes == {(SIZE, SIZE, 3)}
     row = pd.read_csv(tmp_path / 'results/release.csv').iloc[0]
     assert row['sha256'] == file_hash(weights)
     assert row['srcc'] == pytest.approx(scores['all']['srcc'], abs=1e-4)

@@ -44,7 +44,9 @@ def lite() -> Any:
     return network
 
 
-def test_a_b0_that_begins_as_a_lite0_answers_as_it_does(lite: Any) -> None:
+def test_a_b0_that_begins_as_a_lite0_answers_as_it_does(
+    lite: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(1)
     b0 = student('efficientnet')
     images = torch.rand(8, 3, WIDTH, WIDTH)
@@ -55,6 +57,15 @@ def test_a_b0_that_begins_as_a_lite0_answers_as_it_does(lite: Any) -> None:
         after = b0(images, return_details=True).embedding
     assert F.cosine_similarity(before, wanted).abs().max() < 0.9
     assert F.cosine_similarity(after, wanted).min() > 0.99
+    assert torch.allclose(after.norm(dim=1), wanted.norm(dim=1), rtol=0.05)
+    # Through the whole of a network without training the shipped ones err more.
+    monkeypatch.undo()
+    shipped = student('efficientnet')
+    same_blocks.begin_as_lite(shipped, lite.state_dict())
+    with torch.no_grad():
+        near = shipped(images, return_details=True).embedding
+    apart = (near - wanted).norm(dim=1) / (before - wanted).norm(dim=1)
+    assert apart.median() < 0.8
 
 
 def test_a_small_part_of_the_way_of_each_block_is_left(lite: Any) -> None:
@@ -72,11 +83,21 @@ def test_a_small_part_of_the_way_of_each_block_is_left(lite: Any) -> None:
     assert same_blocks.block_distance(means, theirs.maps) == pytest.approx(1, abs=0.03)
 
 
-@pytest.mark.parametrize('encoder', ['resnet18', 'efficientnet_lite'])
-def test_only_a_lite0_and_a_b0_are_alike(lite: Any, encoder: str) -> None:
-    tensors = student(encoder).state_dict() if encoder == 'resnet18' else {}
+@pytest.mark.parametrize(
+    ('encoder', 'start'),
+    [
+        ('efficientnet', 'resnet18'),
+        ('efficientnet', 'efficientnet'),
+        ('efficientnet_lite', 'efficientnet_lite'),
+        ('resnet18', 'resnet18'),
+    ],
+)
+def test_only_a_b0_begins_as_a_lite0(encoder: str, start: str) -> None:
+    network = student(encoder)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
     with pytest.raises(ValueError, match='`train: begin_as_lite` needs an efficientn'):
-        same_blocks.begin_as_lite(student('efficientnet'), tensors)
+        same_blocks.begin_as_lite(network, student(start).state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
 def test_only_efficientnets_have_blocks_to_follow() -> None:
@@ -121,13 +142,31 @@ def test_a_training_begins_as_the_lite0_and_follows_it(
     options['path'] = {'pretrain_network': str(weights)}
     options['train'] |= {'begin_as_lite': True, 'follow_blocks': 1}
     options['train']['optim'] = {'lr': 0.0}
-    said = train(tmp_path, store, options)
-    assert 'b0' in said, said
+    kept = {**options, 'name': 'kept'}
+    kept['train'] = options['train'] | {'keep_statistics': True}
+    said = train(tmp_path, store, options, kept)
+    assert 'kept' in said, said
     folder = tmp_path / 'experiments/b0'
     history = json.loads((folder / 'run.json').read_text())['history']
     assert history[0]['blocks'] > 0
     trained: Any = load_network(folder / 'models/net_best.pth')
-    # Without a learning rate only the statistics have moved.
-    name = 'encoder.backbone.conv_head.weight'
-    assert torch.equal(trained.state_dict()[name], lite.state_dict()[name])
+    # Without a learning rate only the statistics have moved, and where they are kept
+    # they are those that were measured before the first step.
+    first, second, start = (
+        network.state_dict()
+        for network in (
+            trained,
+            load_network(tmp_path / 'experiments/kept/models/net_best.pth'),
+            lite,
+        )
+    )
+    stem = 'encoder.backbone.bn1'
+    assert torch.allclose(first[f'{stem}.weight'], 16 * start[f'{stem}.weight'])
     assert torch.equal(trained.head.anchors, lite.head.anchors)
+    assert second[f'{stem}.num_batches_tracked'] == 12
+    assert not torch.allclose(
+        second[f'{stem}.running_mean'], first[f'{stem}.running_mean']
+    )
+    assert not torch.allclose(
+        second[f'{stem}.running_mean'], start[f'{stem}.running_mean']
+    )

@@ -391,7 +391,17 @@ MIXED = [(64, 0.0), (8, 2.0), (8, 2.0), (16, 0.0)]  # cores and GPUs of machines
 
 @pytest.mark.parametrize(
     ('cpus', 'gpus', 'wanted'),
-    [(1, 1, 4), (4, 1, 4), (5, 1, 2), (1, 0.5, 8), (9, 1, 0), (0, 4, 0), (12, 0, 6)],
+    [
+        (1, 1, 4),
+        (4, 1, 4),
+        (5, 1, 2),
+        (1, 0.5, 8),
+        (1, 0.6, 4),  # two don't share one card
+        (1, 1 / 3, 12),
+        (9, 1, 0),
+        (0, 4, 0),
+        (12, 0, 6),
+    ],
 )
 def test_a_worker_s_cores_and_gpus_are_on_one_machine(
     cpus: int, gpus: float, wanted: int
@@ -407,6 +417,28 @@ def test_graphs_stay_on_processors(words: list[str], wanted: str) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     assert device_of(parser.parse_args(['photos', *words])) == wanted
+
+
+def test_what_scores_with_a_graph_asks_for_no_gpu(
+    tmp_path: Path,
+    photos: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip('onnxruntime')
+
+    def plan(device: str, *_: Any) -> None:
+        raise ValueError(f'planned for {device}')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('pyiqa_clipkd.scoring.ray.options.find_spec', lambda _: True)
+    session = 'pyiqa_clipkd.scoring.ray.session'
+    monkeypatch.setattr(f'{session}.connected', lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(f'{session}.plan', plan)
+    words = ['score', 'photos', '--engine', 'ray', '--backend']
+    for backend, device in (('onnx', 'cpu'), ('torch', 'auto')):
+        assert main([*words, backend]) == 2
+        assert f'planned for {device}' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -448,6 +480,7 @@ def test_cores_of_machines_without_gpus_are_not_counted_for_workers_with_one() -
         (['--worker-gpus', '1'], '`--worker-gpus` needs --engine ray'),
         (['--engine', 'ray', '--worker-cpus', '0'], 'whole number >= 1'),
         (['--engine', 'ray', '--worker-gpus', '0'], 'must be above 0'),
+        (['--engine', 'ray', '--worker-gpus', '1.5'], 'above 1 must be a whole number'),
         (['--engine', 'ray', '--worker-gpus', '1', '--device', 'cpu'], 'contradicts'),
         (['--engine', 'ray', '--device', 'mps'], 'needs --engine local'),
         (

@@ -171,12 +171,18 @@ def room(nodes: Sequence[tuple[int, float]], cpus: int, gpus: float) -> int:
         cpus, gpus: of each worker.
     """
     return sum(
-        min(
-            cores // cpus if cpus else sys.maxsize,
-            int(cards / gpus) if gpus else sys.maxsize,
-        )
+        min(cores // cpus if cpus else sys.maxsize, _shares(cards, gpus))
         for cores, cards in nodes
     )
+
+
+def _shares(cards: float, gpus: float) -> int:
+    """For how many workers GPUs suffice; a part of one isn't made of two."""
+    if not gpus:
+        return sys.maxsize
+    if gpus < 1:
+        return int(cards) * int(1 / gpus + 1e-9)
+    return int(cards / gpus)
 
 
 def _listed(nodes: Sequence[tuple[int, float]]) -> str:

@@ -94,6 +94,10 @@ def _check_ray(arguments: argparse.Namespace) -> None:
     gpus = arguments.worker_gpus
     if gpus is not None and not gpus > 0:
         raise ValueError(f'`--worker-gpus` must be above 0, but got {gpus:g}.')
+    if gpus is not None and gpus > 1 and gpus % 1:
+        raise ValueError(
+            f'`--worker-gpus` above 1 must be a whole number, but got {gpus:g}.'
+        )
     if gpus is not None and arguments.device == 'cpu':
         raise ValueError('`--worker-gpus` contradicts --device cpu.')
     if _is_graph(arguments) and (gpus is not None or arguments.device == 'cuda'):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from pyiqa_clipkd.scoring.files import (
     STDIN,
@@ -25,6 +25,7 @@ from pyiqa_clipkd.scoring.ray.stores import (
 
 SHARDS = ('.tar', '.tar.gz', '.tgz')
 TABLES = ('.parquet',)
+WEB = ('http://', 'https://')
 CONTAINERS = SHARDS + TABLES
 
 
@@ -109,9 +110,7 @@ def _remote(word: str) -> Iterator[str]:
     if '/.' not in path:
         matches = [match for match in matches if '/.' not in match]
     for match in matches or [path]:
-        # A table may be a folder of parts, ours are; nothing else is asked about.
-        known = is_shard(match) or is_image_name(match)
-        if known or not store.isdir(match):
+        if is_shard(match) or is_image_name(match) or not _is_folder(store, match):
             yield uri_of(word, match)
             continue
         base = match.rstrip('/')
@@ -119,6 +118,16 @@ def _remote(word: str) -> Iterator[str]:
         below = [name for name in found if '/.' not in name.removeprefix(base)]
         listed = [n for n in below if is_image_name(n)] or [*_containers(below)]
         yield from (uri_of(word, name) for name in listed)
+
+
+def _is_folder(store: Any, path: str) -> bool:
+    """A table, too, may be a folder of parts; ours are."""
+    if path.startswith(WEB) and is_container(path):
+        return False  # to ask would fetch it
+    try:
+        return bool(store.isdir(path))
+    except Exception:  # of any store's own kind; its row will say so
+        return False
 
 
 def _containers(names: Iterable[str]) -> Iterator[str]:
