@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyiqa_clipkd.files import one_line
+from pyiqa_clipkd.stages import StageReadout, stage_channels
 from pyiqa_clipkd.weights import Weights, check_numbers, read_weights
 
 OPEN_CLIP, TIMM = 'open_clip:', 'timm:'
@@ -60,24 +61,43 @@ def resolve_encoder(name: str) -> str:
 
 
 class Encoder(nn.Module):
-    """A backbone and an optional linear projection: (N, 3, S, S) -> (N, embed_dim)."""
+    """A backbone and an optional linear projection: (N, 3, S, S) -> (N, embed_dim).
 
-    def __init__(self, backbone: nn.Module, width: int, embed_dim: int | None) -> None:
+    Args:
+        backbone: a timm network without classifier, or an image tower.
+        width: of its features.
+        embed_dim: of the embedding; `None` for no projection.
+        readout: of its stages, whose output is added to the projection's.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        width: int,
+        embed_dim: int | None,
+        readout: StageReadout | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projection = (
             nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim)
         )
         self.embed_dim = width if embed_dim is None else embed_dim
+        self.readout = readout
 
     def forward(self, img: Tensor) -> Tensor:
+        if self.readout is not None:
+            return self.forward_with_maps(img)[0]
         return self.projection(self.backbone(img))
 
     def forward_with_maps(self, img: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The same, and the map (N, C, H, W) at the end of each stage of a network."""
         backbone: Any = self.backbone
         features, maps = backbone.forward_intermediates(img)
-        return self.projection(backbone.forward_head(features)), maps
+        embedding = self.projection(backbone.forward_head(features))
+        if self.readout is not None:
+            embedding = embedding + self.readout(maps)
+        return embedding, maps
 
 
 def build_timm_encoder(
@@ -86,6 +106,7 @@ def build_timm_encoder(
     weights: str | Path | None = None,
     embed_dim: int | None,
     input_size: int = 224,
+    stage_readout: int = 0,
 ) -> Encoder:
     """A timm network without its classifier, with a linear projection on top.
 
@@ -96,6 +117,7 @@ def build_timm_encoder(
         embed_dim: width of the projection; `None` for none.
         input_size: side of the images in pixels; networks with a fixed grid are built
             for it, the others take any.
+        stage_readout: width of the hidden layer of a `StageReadout`; 0 for none.
     """
     import timm
 
@@ -121,7 +143,11 @@ def build_timm_encoder(
             weights = _packaged_file(name)
         if weights is not None:
             load_backbone(backbone, weights)
-    return Encoder(backbone, backbone.head_hidden_size, embed_dim)
+    readout = None
+    if stage_readout and embed_dim is not None:
+        channels = stage_channels(backbone, encoder)
+        readout = StageReadout(channels, stage_readout, embed_dim)
+    return Encoder(backbone, backbone.head_hidden_size, embed_dim, readout)
 
 
 def _downloaded(create: Callable[[], Any], *, what: str, option: str) -> Any:

@@ -237,7 +237,8 @@ class CLIPKDModel(GeneralIQAModel):
             # What the options leave open (width, input size), the checkpoint knows.
             known = read_weights(path).metadata.get('config', {})
         if self.teacher is not None:
-            known = {key: self.teacher.config[key] for key in ('embed_dim', 'levels')}
+            own = {key: known[key] for key in ('stage_readout',) if key in known}
+            known = own | {k: self.teacher.config[k] for k in ('embed_dim', 'levels')}
         if known.get('type', options['type']) == options['type']:
             for key, value in known.items():
                 options.setdefault(key, value)

@@ -245,6 +245,9 @@ class CLIPKDStudent(QualityNetwork):
         temperature: of the softmax; training takes it from the teacher.
         input_size: side in pixels of the square that the encoder sees.
         crops: squares at the photograph's own resolution, scored beside the whole.
+        stage_readout: also read the means and deviations of the encoder's last four
+            stages, through a hidden layer of this width (`StageReadout`); 0: the
+            paper's student, which reads the last features alone. Needs `head: likert`.
 
     The anchors are frozen. They come from the teacher (`adopt_head`) or from a
     checkpoint; until then they are a fixed arc.
@@ -261,6 +264,7 @@ class CLIPKDStudent(QualityNetwork):
         temperature: float = 0.01,
         input_size: int = 224,
         crops: int = 0,
+        stage_readout: int = 0,
     ) -> None:
         encoder = resolve_encoder(encoder)
         if encoder.startswith(OPEN_CLIP):
@@ -270,12 +274,23 @@ class CLIPKDStudent(QualityNetwork):
             )
         if head not in HEADS:
             raise ValueError(f'`head` must be one of {HEADS}, but got {head!r}.')
+        if type(stage_readout) is not int or stage_readout < 0:
+            raise ValueError(
+                f'`stage_readout` must be a whole number >= 0, but got '
+                f'{stage_readout!r}.'
+            )
+        if stage_readout and head != 'likert':
+            raise ValueError(
+                '`stage_readout` is added to an embedding beside anchors: it needs '
+                f'`head: likert`, but got {head!r}.'
+            )
         levels = _checked_levels(levels)
         body = build_timm_encoder(
             encoder,
             weights=encoder_weights,
             embed_dim=embed_dim if head == 'likert' else None,
             input_size=input_size,
+            stage_readout=stage_readout,
         )
         super().__init__(
             body,
@@ -291,6 +306,7 @@ class CLIPKDStudent(QualityNetwork):
                 'levels': list(levels),
                 'temperature': temperature,
                 'input_size': input_size,
+                **({'stage_readout': stage_readout} if stage_readout else {}),
             },
             crops=crops,
         )

@@ -12,6 +12,9 @@ from pyiqa_clipkd.description import LARGEST_INPUT
 WIDEST_EMBEDDING = 1 << 14
 MOST_LEVELS = 100
 
+# Of the hidden layer of a readout: presets are built before their tensors are seen.
+WIDEST_READOUT = 2048
+
 # Whether a value is allowed, and what is, in words.
 Check = tuple[Callable[[Any], bool], str]
 
@@ -68,6 +71,7 @@ OPTIONS: dict[str, dict[str, Check]] = {
         'levels': LEVELS,
         'temperature': POSITIVE,
         'input_size': SIZE,
+        'stage_readout': whole(WIDEST_READOUT),
     },
     'AttributeStudent': {'encoder': ENCODER, 'input_size': SIZE},
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,14 +134,20 @@ def start_projection(
             of them.
 
     Raises:
-        ValueError: if the student has no projection, there are fewer than two images,
-            or the embeddings are of another width.
+        ValueError: if the student has no projection, or a readout that has learned,
+            there are fewer than two images, or the embeddings are of another width.
     """
     projection = student.encoder.projection
     if not isinstance(projection, nn.Linear):
         raise ValueError(
             'The student must have a projection (`head: likert`), but this one has '
             f'`head: {student.config["head"]}`.'
+        )
+    readout: Any = student.encoder.readout
+    if readout is not None and readout.last.weight.any():
+        raise ValueError(
+            '`train: projection_start: ridge` would fit the projection alone, but this '
+            'student begins with a readout of its stages that has learned already.'
         )
     features: list[Tensor] = []
     embeddings: list[Tensor] = []

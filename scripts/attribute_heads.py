@@ -32,11 +32,7 @@ from pyiqa_clipkd.attributes.changes import change, random_level
 from pyiqa_clipkd.attributes.measures import at_scale
 from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.attributes.ranks import MeasureLabeller
-from pyiqa_clipkd.attributes.readout import (
-    AttributeReadout,
-    statistics,
-    write_readout,
-)
+from pyiqa_clipkd.attributes.readout import AttributeReadout, write_readout
 from pyiqa_clipkd.correlation import spearman
 from pyiqa_clipkd.experiment import recorded_command, recorded_commit
 from pyiqa_clipkd.export import write_graph
@@ -47,6 +43,7 @@ from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.models import card_text
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX
 from pyiqa_clipkd.network import QualityNetwork
+from pyiqa_clipkd.stages import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 

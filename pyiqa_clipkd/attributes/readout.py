@@ -19,12 +19,10 @@ from pyiqa_clipkd.attributes.names import ATTRIBUTES, faults, named_attributes
 from pyiqa_clipkd.files import SHORT_HASH, file_hash
 from pyiqa_clipkd.head import in_full_precision
 from pyiqa_clipkd.locations import attributes_file, check_bundled, state_sum
+from pyiqa_clipkd.stages import statistics
 from pyiqa_clipkd.weights import check_numbers, read_weights, write_weights
 
 logger = logging.getLogger('pyiqa')
-
-# Of the variance of a channel, whose root has no gradient at 0.
-TINY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -121,20 +119,6 @@ class AttributeReadout(nn.Module):
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         return self
-
-
-def statistics(maps: Sequence[Tensor]) -> Tensor:
-    """Maps (N, C_i, H_i, W_i) -> (N, 2 * sum of C_i): means, then deviations of each.
-
-    In float32 at least: the square of half a precision's number may have none.
-    """
-    parts = []
-    for values in maps:
-        values = in_full_precision(values)[0]
-        mean = values.mean((2, 3))
-        variance = (values * values).mean((2, 3)) - mean * mean
-        parts += [mean, variance.clamp(min=0).add(TINY).sqrt()]
-    return torch.cat(parts, 1)
 
 
 def write_readout(

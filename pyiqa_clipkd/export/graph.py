@@ -36,6 +36,9 @@ LARGEST_TWIN = 1 << 20
 
 QUANTIZED = ('Conv', 'Gemm', 'MatMul')
 
+# Parts of a network that stay in full precision: small, and near the score.
+PRECISE = ('head', 'readout', 'encoder.readout')
+
 
 def to_onnx(
     program: torch.export.ExportedProgram,
@@ -237,4 +240,4 @@ def _kept_in_float(model: onnx.ModelProto) -> list[str]:
 def _of_head(node: onnx.NodeProto) -> bool:
     notes = {note.key: note.value for note in node.metadata_props}
     scopes = notes.get('pkg.torch.onnx.name_scopes', '')
-    return any(f"'network.{part}'" in scopes for part in ('head', 'readout'))
+    return any(f"'network.{part}'" in scopes for part in PRECISE)

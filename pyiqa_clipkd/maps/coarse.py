@@ -16,10 +16,14 @@ from pyiqa_clipkd.maps.windows import QualityMap, starts, whole_score
 from pyiqa_clipkd.scoring.backends import Backend, TorchBackend
 from pyiqa_clipkd.scoring.core import finite
 from pyiqa_clipkd.scoring.reading import in_order
+from pyiqa_clipkd.stages import deviation
 
 # Large photographs are seen in tiles, for the memory that the first layers take, with
 # so many pixels more on each side, so that no seams show. Multiples of every cell.
 TILE, MARGIN = 1024, 128
+
+# Windows that are scored at once.
+WINDOWS = 4096
 
 # Side of the photograph that shows whether an encoder allows a coarse map.
 PROBE = 128
@@ -44,14 +48,16 @@ def coarse_map(
             'create_backend(metric, kind="torch"), or --backend torch.'
         )
     cell = _cell(backend)
-    embeddings = _embeddings(image, backend, cell, workers)
-    rows, columns = embeddings.shape[-2:]
+    cells = _cells(image, backend, cell, workers)
+    rows, columns = cells.shape[-2:]
     side = min(max(1, round(window / cell)), rows, columns)
     step = min(max(1, round((stride or cell) / cell)), side)
     tops, lefts = starts(rows, side, step), starts(columns, side, step)
     with torch.inference_mode():
-        means = F.avg_pool2d(embeddings, side, 1)[:, tops][:, :, lefts]
-        scores = backend.network.head(means.flatten(1).T).score.cpu().numpy()
+        means = F.avg_pool2d(cells, side, 1)[:, tops][:, :, lefts]
+        parts = means.flatten(1).T.split(WINDOWS)
+        looks = (_embeddings(part, backend) for part in parts)
+        scores = torch.cat([backend.network.head(x).score for x in looks]).cpu().numpy()
     return QualityMap(
         finite(scores.reshape(len(tops), len(lefts))),
         tops * cell,
@@ -89,13 +95,23 @@ def _cell(backend: TorchBackend) -> int:
     return PROBE // features.shape[-1]
 
 
-def _embeddings(
+def _embeddings(means: Tensor, backend: TorchBackend) -> Tensor:
+    """Means over windows of what `_look` gives, (M, C) -> embeddings (M, D)."""
+    encoder: Any = backend.network.encoder
+    if encoder.readout is None:
+        return means
+    stages = encoder.readout.channels
+    parts = means.split([encoder.embed_dim, *(c for c in stages for _ in '12')], 1)
+    found = []
+    for mean, square in zip(parts[1::2], parts[2::2], strict=True):
+        found += [mean, deviation(mean, square)]
+    return parts[0] + encoder.readout.of_statistics(torch.cat(found, 1))
+
+
+def _cells(
     image: Image.Image, backend: TorchBackend, cell: int, workers: int
 ) -> Tensor:
-    """(D, rows, columns) of cells that cover the photograph.
-
-    The projection is linear: that of a mean is the mean of those here.
-    """
+    """(C, rows, columns): what `_look` gives, of cells that cover the photograph."""
     rows, columns = (-(-side // cell) for side in (image.height, image.width))
     step = TILE // cell
     corners = list(product(range(0, rows, step), range(0, columns, step)))
@@ -118,9 +134,11 @@ def _embeddings(
             left - box[0] : right - box[0],
         ]
 
-    parts = list(in_order(look, corners, workers, 4 * workers))
-    result = parts[0].new_empty(len(parts[0]), rows, columns)
-    for (top, left), part in zip(corners, parts, strict=True):
+    result = torch.empty(0)
+    looks = in_order(look, corners, workers, 4 * workers)
+    for (top, left), part in zip(corners, looks, strict=True):
+        if not result.numel():
+            result = part.new_empty(len(part), rows, columns)
         result[:, top : top + part.shape[1], left : left + part.shape[2]] = part
     return result
 
@@ -136,12 +154,28 @@ def _pixels(image: Image.Image, box: tuple[int, int, int, int], cell: int) -> Te
 
 
 def _look(backend: TorchBackend, pixels: Tensor) -> Tensor:
-    """(1, 3, H, W) in [0, 1] -> embeddings of all places (D, rows, columns)."""
+    """(1, 3, H, W) in [0, 1] -> (C, rows, columns), C numbers of each cell.
+
+    These are embeddings (the projection is linear: that of a mean is the mean of those
+    here), and for a readout of the stages the mean of each of their channels and of its
+    square.
+    """
     network = backend.network
     encoder: Any = network.encoder
     with torch.inference_mode():
         mean, std = network.preprocessing.mean, network.preprocessing.std
         pixels = (pixels.to(backend.device) - mean) / std
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features = encoder.backbone.forward_features(pixels)[0]
-        return encoder.projection(features.movedim(0, -1)).movedim(-1, 0)
+        if encoder.readout is None:
+            features = encoder.backbone.forward_features(pixels)
+            maps = []
+        else:
+            features, maps = encoder.backbone.forward_intermediates(pixels)
+            maps = maps[-len(encoder.readout.channels) :]
+        embeddings = encoder.projection(features[0].movedim(0, -1)).movedim(-1, 0)
+        shape = embeddings.shape[-2:]
+        parts = [embeddings]
+        for values in maps:
+            means = (F.adaptive_avg_pool2d(x, shape)[0] for x in (values, values**2))
+            parts += means
+        return torch.cat(parts)

@@ -1,0 +1,113 @@
+"""What an encoder saw on the way: means and deviations of the maps of its stages.
+
+The last features say what a photograph shows; blur, noise and compression are plainer
+in earlier ones, and in how much a feature varies over the photograph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyiqa_clipkd.head import in_full_precision
+
+# Stages that a readout looks at, the last ones: of most networks those of 4, 8, 16 and
+# 32 pixels a cell, of a plain ViT its last blocks.
+STAGES = 4
+
+# Of the variance of a channel, whose root has no gradient at 0.
+TINY = 1e-6
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A map (N, C, H, W) -> means of its channels and of their squares, (N, C) each.
+
+    In float32 at least: the square of half a precision's number may have none.
+    """
+    values = in_full_precision(values)[0]
+    return values.mean((2, 3)), (values * values).mean((2, 3))
+
+
+def deviation(mean: Tensor, square: Tensor) -> Tensor:
+    """Standard deviation from the mean and the mean of squares, of the same shape."""
+    return (square - mean * mean).clamp(min=0).add(TINY).sqrt()
+
+
+def statistics(maps: Sequence[Tensor]) -> Tensor:
+    """Maps (N, C_i, H_i, W_i) -> (N, 2 * sum of C_i): of each, means and deviations."""
+    parts = []
+    for values in maps:
+        mean, square = moments(values)
+        parts += [mean, deviation(mean, square)]
+    return torch.cat(parts, 1)
+
+
+class StageReadout(nn.Module):
+    r"""`statistics` of an encoder's last stages -> what they add to its embedding.
+
+    .. math:: r = W_2 \max(W_1 z + b_1, 0) + b_2
+
+    with z the means and deviations of all channels, each normalized to what it is over
+    photographs (running mean 0, variance 1). It begins as 0: a network with a readout
+    is the network without until it is trained.
+
+    Args:
+        channels: of the stages.
+        width: of the hidden layer.
+        embed_dim: of the embedding.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int, embed_dim: int) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        count = 2 * sum(self.channels)
+        self.norm = nn.BatchNorm1d(count, affine=False)
+        self.hidden = nn.Linear(count, width)
+        self.last = nn.Linear(width, embed_dim)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (N, C_i, H_i, W_i) of all stages -> (N, D), in float32 at least."""
+        return self.of_statistics(statistics(maps[-len(self.channels) :]))
+
+    def of_statistics(self, features: Tensor) -> Tensor:
+        """`statistics` of maps, (N, 2 * sum of C_i) -> (N, D), in float32 at least."""
+        features, full_precision = in_full_precision(features)
+        with full_precision:
+            features = self._normalized(features)
+            hidden = F.linear(features, *_like(features, self.hidden)).relu()
+            return F.linear(hidden, *_like(features, self.last))
+
+    def _normalized(self, features: Tensor) -> Tensor:
+        # One image has no variance: it is seen as outside of training.
+        if self.training and self.norm.training and len(features) > 1:
+            normalized: Tensor = self.norm(features)
+            return normalized
+        mean: Any = self.norm.running_mean
+        variance: Any = self.norm.running_var
+        mean, variance = mean.to(features), variance.to(features)
+        return (features - mean) * (variance + self.norm.eps).rsqrt()
+
+
+def _like(features: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    return layer.weight.to(features), layer.bias.to(features)
+
+
+def stage_channels(backbone: Any, encoder: str) -> list[int]:
+    """Channels of the last `STAGES` stages of a timm network.
+
+    Raises:
+        ValueError: if it doesn't tell its stages.
+    """
+    info = getattr(backbone, 'feature_info', None)
+    if not info or not hasattr(backbone, 'forward_intermediates'):
+        raise ValueError(
+            f'`stage_readout` needs an encoder that tells its stages (timm: '
+            f'`feature_info`), but {encoder} does not.'
+        )
+    return [stage['num_chs'] for stage in info][-STAGES:]
