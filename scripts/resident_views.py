@@ -151,7 +151,12 @@ class Cut:
         rows = self.rows[:n, :, None].to(device)
         columns = self.columns[:n, None, :].to(device)
         cut = images[which, rows, columns]
-        return resized(cut.permute(0, 3, 1, 2).float() / 255, self.size)
+        return resized(in_unit_range(cut), self.size)
+
+
+def in_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, 3, H, W) in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def resized(images: Tensor, size: int) -> Tensor:

@@ -10,7 +10,6 @@ instance configs/release/resident/teacher_ranked.yml.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -19,28 +18,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import resident_run
 import torch
 import torch.nn.functional as F
-from resident_views import Batch, Phase, Store, Views, resized
+from resident_views import Batch, Phase, Store, Views, in_unit_range, resized
 from same_blocks import BlockOutputs, begin_as_lite, block_distance, measure_statistics
-from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 from pyiqa_clipkd.encoders import open_gates
 from pyiqa_clipkd.engine import TrainingEngine
-from pyiqa_clipkd.experiment import recorded_commit
-from pyiqa_clipkd.files import written_whole
 from pyiqa_clipkd.head import QualityOutput
 from pyiqa_clipkd.hints import FeatureHintLoss, StageOutputs
 from pyiqa_clipkd.loss import CosineSoftHardLoss, soft_weight_at
 from pyiqa_clipkd.network import QualityNetwork, build_from_config, load_network
-from pyiqa_clipkd.options import load_options, with_split
-from pyiqa_clipkd.pipeline import keep_freed_memory
-from pyiqa_clipkd.ranking import DegradationRankingLoss
+from pyiqa_clipkd.options import with_split
 from pyiqa_clipkd.weights import read_weights
 
-ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ('mixed_precision', 'clip_grad_norm', 'ema_decay', 'channels_last')
 STEPS_TO_TIME = 6
 BATCHES_TO_MEASURE, PHOTOGRAPHS_TO_MEASURE = 12, 16
@@ -54,6 +47,7 @@ class Training:
         options: the whole file.
         store: the photographs.
         device: to train on.
+        seconds: that it may take, in place of `train: steps`.
         validated: how many photographs of the held-out side, at least.
     """
 
@@ -62,9 +56,11 @@ class Training:
         options: dict[str, Any],
         store: Store,
         device: torch.device,
+        seconds: float | None = None,
         validated: int = 10**6,
     ) -> None:
         self.options, self.store, self.device = options, store, device
+        self.seconds = seconds
         self.validated = validated
         self.train: dict[str, Any] = options['train']
         torch.manual_seed(options['manual_seed'])
@@ -80,9 +76,7 @@ class Training:
         ]
         self.net = self._network(with_split_of(options, split)).to(device)
         self.phases = [Phase(**phase) for phase in self.train['phases']]
-        ranking = dict(self.train['ranking_loss_opt'])
-        ranking.pop('type')
-        self.ranking = DegradationRankingLoss(**ranking)
+        self.ranking = resident_run.ranking_loss(options)
         distillation = dict(self.train.get('distillation_loss_opt') or {})
         distillation.pop('type', None)
         self.distillation = CosineSoftHardLoss(**distillation)
@@ -118,14 +112,14 @@ class Training:
             net.adopt_head(self.teachers[0])
         return net
 
-    def run(self, seconds: float | None) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Train; returns the record.
 
         Raises:
             RuntimeError: if a loss isn't finite any more.
         """
         start = time.time()
-        steps = self._steps(seconds)
+        steps = self._steps(self.seconds)
         self.engine = TrainingEngine(self._engine_options(), self.device)
         self.engine.prepare(self.net)
         step = Step(self, self.engine, self.net)
@@ -210,17 +204,11 @@ class Training:
         scores = []
         held_out = self._held_out()
         for rows in held_out.split(64):
-            images = store.photographs[rows].permute(0, 3, 1, 2).float() / 255
+            images = in_unit_range(store.photographs[rows])
             with self.engine.autocast():
                 scores.append(net(resized(images, self.input_size)))
-        found = torch.cat(scores)[:, 0].float().cpu().numpy()
-        mos = store.mos[held_out, 0].cpu().numpy()
         net.train()
-        return {
-            'srcc': round(float(spearmanr(found, mos)[0]), 4),
-            'plcc': round(float(pearsonr(found, mos)[0]), 4),
-            'mae': round(float(np.abs(found - mos).mean()), 4),
-        }
+        return resident_run.agreement(torch.cat(scores)[:, 0], store.mos[held_out, 0])
 
     def _held_out(self) -> Tensor:
         """Rows of all photographs of that side, or of every n-th."""
@@ -229,11 +217,7 @@ class Training:
 
     def save(self) -> Path:
         """Below experiments/, where release.py looks; returns the checkpoint."""
-        path = Path('experiments', self.options['name'], 'models', 'net_best.pth')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as unfinished:
-            torch.save(self.engine.checkpoint(), unfinished)
-        return path
+        return resident_run.write_checkpoint(self.options, self.engine.checkpoint())
 
 
 def with_split_of(options: dict[str, Any], split: int) -> str | None:
@@ -349,29 +333,15 @@ class Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('-opt', type=Path, nargs='+', required=True, help='files')
-    parser.add_argument('--store', type=Path, nargs='+', required=True, help='folders')
+    parser = resident_run.parser(__doc__)
     parser.add_argument('--seconds', type=float, help='in place of `train: steps`')
-    parser.add_argument('--device', help='default: cuda, or cpu with `num_gpu: 0`')
     parser.add_argument('--validated', type=int, default=10**6, help='photographs')
-    parser.add_argument('--commit', default=recorded_commit(ROOT), help='to record')
-    parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE')
     args = parser.parse_args()
-    files = [load_options(path, args.force_yml or []) for path in args.opt]
-    on_gpu = any(options.get('num_gpu', 1) for options in files)
-    device = torch.device(args.device or ('cuda' if on_gpu else 'cpu'))
-    if device.type == 'cpu':
-        keep_freed_memory()
-    store = Store(args.store, device)
-    for options in files:
-        training = Training(options, store, device, args.validated)
-        record_file = Path('experiments', options['name'], 'run.json')
-        record_file.unlink(missing_ok=True)  # that of a training before
-        record = training.run(args.seconds) | {'commit': args.commit}
-        path = training.save()
-        record_file.write_text(json.dumps(record, indent=1) + '\n')
-        print(path, record['seconds'], 's', flush=True)
+
+    def build(options: dict[str, Any], store: Store, device: torch.device) -> Training:
+        return Training(options, store, device, args.seconds, args.validated)
+
+    resident_run.train_all(args, build)
 
 
 if __name__ == '__main__':

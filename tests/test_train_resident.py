@@ -92,13 +92,25 @@ def options_of(name: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, store: Path, *options: dict[str, Any]) -> str:
+def train(
+    folder: Path,
+    store: Path,
+    *options: dict[str, Any],
+    script: str = 'train_resident.py',
+) -> str:
     files = []
     for one in options:
         files.append(folder / f'{one["name"]}.yml')
         files[-1].write_text(yaml.safe_dump(one))
-    script = SCRIPTS / 'train_resident.py'
-    command = [sys.executable, script, '--device', 'cpu', '--store', store, '-opt']
+    command = [
+        sys.executable,
+        SCRIPTS / script,
+        '--device',
+        'cpu',
+        '--store',
+        store,
+        '-opt',
+    ]
     done = subprocess.run(
         [*map(str, [*command, *files])], capture_output=True, text=True, cwd=folder
     )

@@ -1,0 +1,95 @@
+"""What trainings from arrays share: the command line, the records, the figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from resident_views import Store
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+from pyiqa_clipkd.experiment import recorded_commit
+from pyiqa_clipkd.files import written_whole
+from pyiqa_clipkd.options import load_options
+from pyiqa_clipkd.pipeline import keep_freed_memory
+from pyiqa_clipkd.ranking import DegradationRankingLoss
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Training(Protocol):
+    """One option file."""
+
+    def run(self) -> dict[str, Any]:
+        """Train; returns the record."""
+
+    def save(self) -> Path:
+        """Returns the checkpoint."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Of the options that `train_all` needs."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('-opt', type=Path, nargs='+', required=True, help='files')
+    parser.add_argument('--store', type=Path, nargs='+', required=True, help='folders')
+    parser.add_argument('--device', help='default: cuda, or cpu with `num_gpu: 0`')
+    parser.add_argument('--commit', default=recorded_commit(ROOT), help='to record')
+    parser.add_argument('--force_yml', nargs='+', metavar='KEY:KEY=VALUE')
+    return parser
+
+
+def train_all(
+    args: argparse.Namespace,
+    build: Callable[[dict[str, Any], Store, torch.device], Training],
+) -> None:
+    """One option file after the other; each leaves a checkpoint and run.json."""
+    files = [load_options(path, args.force_yml or []) for path in args.opt]
+    on_gpu = any(options.get('num_gpu', 1) for options in files)
+    device = torch.device(args.device or ('cuda' if on_gpu else 'cpu'))
+    if device.type == 'cpu':
+        keep_freed_memory()
+    store = Store(args.store, device)
+    for options in files:
+        training = build(options, store, device)
+        record_file = experiment(options) / 'run.json'
+        record_file.unlink(missing_ok=True)  # that of a training before
+        record = training.run() | {'commit': args.commit}
+        path = training.save()
+        record_file.write_text(json.dumps(record, indent=1) + '\n')
+        print(path, record['seconds'], 's', flush=True)
+
+
+def experiment(options: dict[str, Any]) -> Path:
+    """The folder of a training, where release.py looks."""
+    return Path('experiments', options['name'])
+
+
+def write_checkpoint(options: dict[str, Any], checkpoint: dict[str, Any]) -> Path:
+    path = experiment(options) / 'models' / 'net_best.pth'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as unfinished:
+        torch.save(checkpoint, unfinished)
+    return path
+
+
+def ranking_loss(options: dict[str, Any]) -> DegradationRankingLoss:
+    """That of `train: ranking_loss_opt`."""
+    ranking = dict(options['train']['ranking_loss_opt'])
+    ranking.pop('type')
+    return DegradationRankingLoss(**ranking)
+
+
+def agreement(scores: Tensor, mos: Tensor) -> dict[str, float]:
+    """Of (N,) scores with human ones."""
+    found, wanted = scores.float().cpu().numpy(), mos.cpu().numpy()
+    return {
+        'srcc': round(float(spearmanr(found, wanted)[0]), 4),
+        'plcc': round(float(pearsonr(found, wanted)[0]), 4),
+        'mae': round(float(np.abs(found - wanted).mean()), 4),
+    }
