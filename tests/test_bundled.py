@@ -29,9 +29,9 @@ SMALL = ('clipkd_efficientnet_lite', 'clipkd_efficientnet', 'clipkd_mobilevit')
 # The figures are in configs/results/release/.
 LEAST_SRCC = {
     'clipkd_efficientnet_lite': 0.82,
-    'clipkd_efficientnet': 0.79,
+    'clipkd_efficientnet': 0.8,
     'clipkd_mobilevit': 0.55,
-    'clipkd_resnet18': 0.6,
+    'clipkd_resnet18': 0.66,
     'clipkd_swin': 0.5,
 }
 STUDENTS = sorted(LEAST_SRCC)
