@@ -43,7 +43,7 @@ from pyiqa_clipkd.names import WEIGHTS_VARIABLE
 from pyiqa_clipkd.options import load_options, split_word, with_split
 from pyiqa_clipkd.publish import model_card, publish
 from pyiqa_clipkd.splits import split_column
-from pyiqa_clipkd.weights import CONFIG_KEY, encode_config, read_weights
+from pyiqa_clipkd.weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = 'clipkd_teacher'
@@ -108,24 +108,6 @@ def in_order(
                 order.done(running.pop(future))
 
 
-def average(files: dict[Path, float]) -> dict[str, torch.Tensor]:
-    """Weighted mean of the weights of checkpoints of one network.
-
-    Of two that have a training in common it keeps most of what either of them gained
-    (Wortsman et al. 2022).
-
-    Args:
-        files: checkpoint -> its share; shares sum to 1.
-    """
-    states = [(read_weights(path).tensors, share) for path, share in files.items()]
-    return {
-        name: sum(share * state[name] for state, share in states)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in states[-1][0].items()
-    }
-
-
 class Training(NamedTuple):
     """An option file on one split."""
 
@@ -165,12 +147,6 @@ class Release:
         """The training that a metric, or the teacher, comes from."""
         return Training(self.settings(name)['training'], split)
 
-    def parts(self, name: str, split: Split) -> dict[Training, float]:
-        """All that its weights are the mean of, with the share of each."""
-        parts = {self.settings(name)['training']: 1.0}
-        parts = self.settings(name).get('average', parts)
-        return {Training(file, split): share for file, share in parts.items()}
-
     def settings(self, name: str) -> dict[str, Any]:
         """What the plan says of a metric, or of the teacher."""
         found: dict[str, Any] = (self.metrics | {TEACHER: self.plan['teacher']})[name]
@@ -184,10 +160,9 @@ class Release:
     def trainings(self) -> list[Training]:
         """All that the metrics and the teacher need: split by split, as in the plan."""
         wanted = [
-            training
+            self.of(name, split)
             for name in [TEACHER, *self.metrics]
             for split in self.splits(name)
-            for training in self.parts(name, split)
         ]
         files = self.plan['trainings']
         if missing := sorted({training.file for training in wanted} - set(files)):
@@ -205,20 +180,6 @@ class Release:
         return sorted(
             needed, key=lambda t: (splits.index(t.split), files.index(t.file))
         )
-
-    def source(self, name: str, split: Split) -> Path:
-        """The checkpoint that a metric is published from."""
-        own = self.checkpoint(self.of(name, split))
-        parts = self.parts(name, split)
-        if len(parts) == 1:
-            return own
-        files = {self.checkpoint(training): share for training, share in parts.items()}
-        mean: dict[str, Any] = average(files)
-        mean[CONFIG_KEY] = encode_config(read_weights(own).metadata['config'])
-        path = Path('experiments', f'{name}_{split_word(split)}_average.pth')
-        with written_whole(path) as unfinished:
-            torch.save({'params': mean}, unfinished)
-        return path
 
     # --- steps ------------------------------------------------------------------------
 
@@ -249,8 +210,10 @@ class Release:
 
     def _train(self, training: Training) -> None:
         script = self.options(training).get('script', 'train.py')
-        words = ['--auto_resume']
-        if script != 'train.py':
+        words: list[Any] = []
+        if script == 'train.py':
+            words = ['--auto_resume']
+        elif script != 'average.py':
             words = ['--store', self.store(training.split)]
         file = self.args.configs / training.file
         command = [script, '-opt', file, *words]
@@ -290,13 +253,9 @@ class Release:
         """The weight file of a metric, with what is known before any measurement."""
         settings = self.metrics[name]
         made_by = ', '.join(t.file for t in self.before(self.of(name, split)))
-        parts = self.parts(name, split)
-        if len(parts) > 1:
-            shares = (f'{share:.0%} of {t.file}' for t, share in parts.items())
-            made_by += f'; the mean of weights: {", ".join(shares)}'
         card = {**self.plan['card'], **settings.get('card', {})}
         publish(
-            self.source(name, split),
+            self.checkpoint(self.of(name, split)),
             name,
             folder=self.file(name, split).parent,
             precision=settings['precision'],
@@ -387,6 +346,7 @@ class Release:
         options = self.options(training)
         teacher = options.get('teacher') or {}
         needed = [
+            *options.get('average', ()),
             options['path'].get('pretrain_network'),
             teacher.get('weights'),
             *teacher.get('score_with', ()),

@@ -6,6 +6,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -59,18 +60,42 @@ def test_a_task_that_fails_stops_those_that_need_it() -> None:
     assert done == []
 
 
-def test_an_average_lies_between_its_two_networks(tmp_path: Path) -> None:
-    files = {}
-    for number, share in enumerate((0.25, 0.75)):
-        network = CLIPKDStudent(ENCODER, embed_dim=8, input_size=SIZE)
-        files[tmp_path / f'{number}.pth'] = share
-        torch.save({'params': network.state_dict()}, tmp_path / f'{number}.pth')
-    first, second = (read_weights(path).tensors for path in files)
-    for name, value in load_script('release').average(files).items():
+def networks(folder: Path, *sizes: int) -> list[str]:
+    """Checkpoints of random students with embeddings of these sizes."""
+    files = []
+    for number, size in enumerate(sizes):
+        network = CLIPKDStudent(ENCODER, embed_dim=size, input_size=SIZE)
+        files.append(str(folder / f'{number}.pth'))
+        torch.save({'params': network.state_dict()}, files[-1])
+    return files
+
+
+@pytest.fixture
+def average(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return load_script('average').average
+
+
+def test_an_average_lies_between_its_two_networks(tmp_path: Path, average: Any) -> None:
+    shares = dict(zip(networks(tmp_path, 8, 8), (0.25, 0.75), strict=True))
+    first, second = (read_weights(file).tensors for file in shares)
+    mean = average(shares)
+    torch.save({'params': mean}, tmp_path / 'mean.pth')
+    found = read_weights(tmp_path / 'mean.pth')
+    assert found.metadata['config']['embed_dim'] == 8
+    for name, value in found.tensors.items():
         if value.is_floating_point():
             wanted = 0.25 * first[name] + 0.75 * second[name]
             assert torch.allclose(value, wanted), name
         assert value.dtype == first[name].dtype
+
+
+def test_an_average_says_what_cannot_be_averaged(tmp_path: Path, average: Any) -> None:
+    first, other = networks(tmp_path, 8, 16)
+    with pytest.raises(ValueError, match=r'0\.pth is not the same network as .*1\.pth'):
+        average({first: 0.5, other: 0.5})
+    with pytest.raises(ValueError, match='shares must sum to 1, but got'):
+        average({first: 0.7})
 
 
 def test_two_splits_in_one_folder_are_refused_before_any_training(
@@ -95,7 +120,7 @@ def test_two_splits_in_one_folder_are_refused_before_any_training(
 
 @pytest.fixture
 def release(tmp_path: Path) -> list[str]:
-    """The command, with a plan of three tiny trainings, the last one from memory."""
+    """The command, with a plan of three tiny trainings and the mean of two."""
     csv = write_images(tmp_path / 'data')
     folder = tmp_path / 'configs'
     folder.mkdir()
@@ -124,18 +149,25 @@ def release(tmp_path: Path) -> list[str]:
     weights = 'experiments/tiny_student_{split}/models/net_best.pth'
     last['path'] = {'pretrain_network': weights}
     write_options(folder / 'more.yml', last)
+    names = ('student', 'more')
+    files = [f'experiments/tiny_{n}_{{split}}/models/net_best.pth' for n in names]
+    mean = {'name': 'tiny_mean_{split}', 'script': 'average.py'}
+    mean |= {key: student[key] for key in ('network', 'datasets', 'data')} | {
+        'path': {}
+    }
+    mean['average'] = dict(zip(files, (0.25, 0.75), strict=True))
+    write_options(folder / 'mean.yml', mean)
     write_options(folder / 'teacher.yml', teacher)
     write_options(folder / 'student.yml', student)
     plan = {
         'splits': [1, 2],
         'size': SIZE,
         'teacher': {'training': 'teacher.yml', 'input_size': SIZE},
-        'trainings': ['teacher.yml', 'student.yml', 'more.yml'],
+        'trainings': ['teacher.yml', 'student.yml', 'more.yml', 'mean.yml'],
         'card': {'Data': 'noise', 'Licence': 'none'},
         'metrics': {
             NAME: {
-                'training': 'more.yml',
-                'average': {'student.yml': 0.25, 'more.yml': 0.75},
+                'training': 'mean.yml',
                 'precision': 'float16',
                 'trained_on': 'a test machine',
             }
@@ -172,9 +204,7 @@ def test_one_command_makes_a_metric_with_its_card_and_does_nothing_twice(
         'Cost',
     ):
         assert row in card
-    assert (
-        'teacher.yml, student.yml, more.yml; the mean of weights: 75% of more' in card
-    )
+    assert 'teacher.yml, student.yml, more.yml, mean.yml; seed' in card
     scores = json.loads((tmp_path / f'results/{NAME}.scores.json').read_text())
     assert scores['weights_sha256'] == file_hash(weights)
     assert scores['all']['images'] == 6
