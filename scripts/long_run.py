@@ -96,7 +96,11 @@ def work(way: str, folder: Path, images: int, every: int) -> None:
 def samples_of(
     way: str, folder: Path, images: int, every: int
 ) -> list[dict[str, float]]:
-    """What the kernel says of a way, every so many photographs."""
+    """What the kernel says of a way, every so many photographs.
+
+    Best a multiple of those in the folder, so that all samples are taken after the same
+    one: the size of the last one would look like a slope.
+    """
     if way == 'score':
         return samples_of_command(folder, images, every)
     words = [__file__, '--work', way, '--folder', str(folder)]
