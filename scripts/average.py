@@ -1,6 +1,6 @@
 """The weighted mean of trained networks, as if it were a training of its own.
 
-    python scripts/average.py -opt configs/release/efficientnet_lite_mean.yml
+    python scripts/average.py -opt configs/release/readout/efficientnet_lite_mean.yml
 
 Of networks that have a training in common it keeps most of what each of them gained
 (Wortsman et al. 2022). `average` of the option file names the checkpoints and their
@@ -62,6 +62,8 @@ def written(options: dict[str, Any]) -> Path:
     """The checkpoint of the mean that an option file describes."""
     split = options['datasets']['train']['split_index']
     shares = {with_split(f, split): s for f, s in options['average'].items()}
+    record_file = experiment(options) / 'run.json'
+    record_file.unlink(missing_ok=True)  # that of a mean before
     path = write_checkpoint(options, {'params': average(shares)})
     record = {
         'name': options['name'],
@@ -70,7 +72,7 @@ def written(options: dict[str, Any]) -> Path:
         'commit': recorded_commit(ROOT),
         'options': options,
     }
-    (experiment(options) / 'run.json').write_text(json.dumps(record, indent=1) + '\n')
+    record_file.write_text(json.dumps(record, indent=1) + '\n')
     return path
 
 

@@ -151,7 +151,7 @@ def release(tmp_path: Path) -> list[str]:
     write_options(folder / 'more.yml', last)
     names = ('student', 'more')
     files = [f'experiments/tiny_{n}_{{split}}/models/net_best.pth' for n in names]
-    mean = {'name': 'tiny_mean_{split}', 'script': 'average.py'}
+    mean: dict[str, Any] = {'name': 'tiny_mean_{split}', 'script': 'average.py'}
     mean |= {key: student[key] for key in ('network', 'datasets', 'data')} | {
         'path': {}
     }
