@@ -37,7 +37,8 @@ def test_a_published_checkpoint_scores_by_its_name_at_once(checkpoint: Path) -> 
     image = torch.rand(2, 3, 60, 80)
     with torch.no_grad():
         expected = load_network(checkpoint)(image)
-    assert torch.equal(metric(image), expected)
+    # Not bit by bit: on some CPUs sums depend on where in memory the weights lie.
+    torch.testing.assert_close(metric(image), expected, atol=1e-5, rtol=0)
     assert published.parent.name == 'weights'
 
 
