@@ -23,25 +23,20 @@ STAGES = 4
 TINY = 1e-6
 
 
-def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A map (N, C, H, W) -> means of its channels and of their squares, (N, C) each.
-
-    In float32 at least: the square of half a precision's number may have none.
-    """
-    values = in_full_precision(values)[0]
-    return values.mean((2, 3)), (values * values).mean((2, 3))
-
-
 def deviation(mean: Tensor, square: Tensor) -> Tensor:
     """Standard deviation from the mean and the mean of squares, of the same shape."""
     return (square - mean * mean).clamp(min=0).add(TINY).sqrt()
 
 
 def statistics(maps: Sequence[Tensor]) -> Tensor:
-    """Maps (N, C_i, H_i, W_i) -> (N, 2 * sum of C_i): of each, means and deviations."""
+    """Maps (N, C_i, H_i, W_i) -> (N, 2 * sum of C_i): of each, means and deviations.
+
+    In float32 at least: the square of half a precision's number may have none.
+    """
     parts = []
     for values in maps:
-        mean, square = moments(values)
+        values = in_full_precision(values)[0]
+        mean, square = values.mean((2, 3)), (values * values).mean((2, 3))
         parts += [mean, deviation(mean, square)]
     return torch.cat(parts, 1)
 
@@ -73,7 +68,11 @@ class StageReadout(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (N, C_i, H_i, W_i) of all stages -> (N, D), in float32 at least."""
-        return self.of_statistics(statistics(maps[-len(self.channels) :]))
+        return self.of_statistics(statistics(self.seen(maps)))
+
+    def seen(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of the maps of all stages those that it looks at."""
+        return maps[-len(self.channels) :]
 
     def of_statistics(self, features: Tensor) -> Tensor:
         """`statistics` of maps, (N, 2 * sum of C_i) -> (N, D), in float32 at least."""

@@ -188,7 +188,7 @@ class Training:
                 teacher(resized(images, teacher.preprocessing.input_size))
                 for teacher in self.teachers
             ]
-        stages = statistics(maps[-len(encoder.readout.channels) :])
+        stages = statistics(encoder.readout.seen(maps))
         return Looks(pooled.float(), stages, torch.stack(scores).mean(0).float())
 
     # --- training ---------------------------------------------------------------------

@@ -171,7 +171,7 @@ def _look(backend: TorchBackend, pixels: Tensor) -> Tensor:
             maps = []
         else:
             features, maps = encoder.backbone.forward_intermediates(pixels)
-            maps = maps[-len(encoder.readout.channels) :]
+            maps = encoder.readout.seen(maps)
         embeddings = encoder.projection(features[0].movedim(0, -1)).movedim(-1, 0)
         shape = embeddings.shape[-2:]
         parts = [embeddings]
