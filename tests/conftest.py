@@ -16,6 +16,11 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_HUB_CACHE'] = str(Path(_EMPTY.name, 'hub'))
 os.environ['PYIQA_CLIPKD_WEIGHTS'] = str(Path(_EMPTY.name, 'weights'))
 
+# Tests side by side (`-n 2`) share the cores, and so do the processes that they start.
+if _WORKERS := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
+    _SHARE = (os.cpu_count() or 1) // int(_WORKERS)
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(_SHARE, 1)))
+
 # What a shell runs in the background ignores Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
