@@ -48,6 +48,8 @@ from pyiqa_clipkd.weights import read_weights
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = 'clipkd_teacher'
 WORDS = {True: 'train', False: 'test'}
+# What the plan may say of a metric.
+SETTINGS = ('training', 'splits', 'precision', 'input_size', 'trained_on', 'card')
 STEPS = ('prepare', 'train', 'publish', 'score', 'disturb', 'write')
 
 # Decimals of the table; the others have four.
@@ -130,6 +132,12 @@ class Release:
         plan = args.configs / 'plan.yml'
         self.plan: dict[str, Any] = yaml.safe_load(plan.read_text(encoding='utf-8'))
         self.metrics: dict[str, dict[str, Any]] = self.plan['metrics']
+        for name, settings in self.metrics.items():
+            if unknown := sorted(set(settings) - set(SETTINGS)):
+                raise ValueError(
+                    f'plan.yml: {name}: `{unknown[0]}` must be one of '
+                    f'{", ".join(SETTINGS)}.'
+                )
         self.options = cache(self._options)
         self.first: Split = self.plan['splits'][0]  # of the bundled weights
 

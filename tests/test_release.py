@@ -118,6 +118,17 @@ def test_two_splits_in_one_folder_are_refused_before_any_training(
     assert [t.split for t in load_script('release').Release(args).trainings()] == [1, 2]
 
 
+def test_a_plan_of_before_is_not_half_understood(tmp_path: Path) -> None:
+    metrics = {'clipkd_mine': {'training': 'one.yml', 'average': {'a.pth': 1}}}
+    (tmp_path / 'plan.yml').write_text(
+        yaml.safe_dump({'splits': [1], 'metrics': metrics})
+    )
+    args = argparse.Namespace(configs=tmp_path, force_yml=None)
+    words = r'clipkd_mine: `average` must be one of training, splits'
+    with pytest.raises(ValueError, match=words):
+        load_script('release').Release(args)
+
+
 @pytest.fixture
 def release(tmp_path: Path) -> list[str]:
     """The command, with a plan of three tiny trainings and the mean of two."""
