@@ -18,7 +18,8 @@ os.environ['PYIQA_CLIPKD_WEIGHTS'] = str(Path(_EMPTY.name, 'weights'))
 
 # Tests side by side (`-n 2`) share the cores, and so do the processes that they start.
 if _WORKERS := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
-    _SHARE = (os.cpu_count() or 1) // int(_WORKERS)
+    _USABLE = getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count() or 1))
+    _SHARE = len(_USABLE(0)) // int(_WORKERS)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(_SHARE, 1)))
 
 # What a shell runs in the background ignores Ctrl-C, and so would all that tests start.
