@@ -16,11 +16,9 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_HUB_CACHE'] = str(Path(_EMPTY.name, 'hub'))
 os.environ['PYIQA_CLIPKD_WEIGHTS'] = str(Path(_EMPTY.name, 'weights'))
 
-# Tests side by side (`-n 2`) share the cores, and so do the processes that they start.
-if _WORKERS := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):
-    _USABLE = getattr(os, 'sched_getaffinity', lambda _: range(os.cpu_count() or 1))
-    _SHARE = len(_USABLE(0)) // int(_WORKERS)
-    os.environ.setdefault('OMP_NUM_THREADS', str(max(_SHARE, 1)))
+# Tests side by side (`-n 2`) have a core each, as have the processes that they start.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 # What a shell runs in the background ignores Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -354,7 +354,7 @@ def test_a_picture_and_an_array_are_written(
     assert scores.shape == (2, 3)
     rows = list(csv.DictReader(arrays[1].open()))
     assert [float(row['score']) for row in rows] == pytest.approx(
-        scores.ravel().tolist(), abs=1e-4
+        scores.ravel().tolist(), abs=1e-5
     )
     assert (rows[-1]['right'], rows[-1]['bottom']) == ('600', '400')
     worst = rows[int(scores.argmin())]
