@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
+from types import FrameType
 from typing import Any
 
 # What shells say of Ctrl-C: 128 and the number of the signal. SIGTERM's is 143.
@@ -18,20 +20,54 @@ INTERRUPTED = 130
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+# Both run code of a compiled module while it is imported.
+LOADING = {
+    ExtensionFileLoader.create_module.__code__,
+    ExtensionFileLoader.exec_module.__code__,
+}
+# Seconds until a stop that came while a compiled module was imported is tried again.
+RETRY = 0.02
+
 
 class Stop:
     """The first signal stops what is done, as a KeyboardInterrupt; a second one kills.
+
+    Compiled modules (of numpy, pybind11, Cython) answer a KeyboardInterrupt in the
+    middle of their import with an ImportError of their own, as if they were broken. So
+    it waits until such an import is over, where the system has a timer for that.
 
     Attributes:
         code: the exit code, once there was a signal.
     """
 
     code = INTERRUPTED
+    _waits = False
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number
         die_at_once()
-        raise KeyboardInterrupt
+        self._raise(number, frame)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if hasattr(signal, 'setitimer') and _is_loading(frame):
+            signal.signal(signal.SIGALRM, self._raise)
+            signal.setitimer(signal.ITIMER_REAL, RETRY)
+            self._waits = True
+        else:
+            self._waits = False
+            raise KeyboardInterrupt
+
+    def forget(self) -> None:
+        """What was to be stopped has ended: no stop that waits comes any more."""
+        if self._waits:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _is_loading(frame: FrameType | None) -> bool:
+    """Whether what runs was called by the import of a compiled module."""
+    while frame is not None and frame.f_code not in LOADING:
+        frame = frame.f_back
+    return frame is not None
 
 
 def die_at_once() -> None:
@@ -60,6 +96,10 @@ def stoppable() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        stop.forget()
+        # A KeyboardInterrupt that has come through an `exec` of text (of a dataclass)
+        # makes `python -m` end as if Ctrl-C had killed it, until the next such `exec`.
+        exec('')
         for number, handler in before.items():
             signal.signal(number, handler)
 
