@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image, ImageFile
 from tqdm import tqdm
+
+from pyiqa_clipkd.cores import usable_cores
 
 SMALL = 128  # side in pixels at which a fingerprint is taken
 
@@ -52,7 +53,7 @@ def fingerprints(files: Sequence[Path]) -> Iterator[np.ndarray | str]:
     # Some libraries set it: the missing part of a photograph would be gray.
     with (
         mock.patch.object(ImageFile, 'LOAD_TRUNCATED_IMAGES', False),
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(min(8, usable_cores())) as pool,
     ):
         yield from tqdm(
             pool.map(one, files), total=len(files), unit='photo', desc='Checking'

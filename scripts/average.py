@@ -10,14 +10,13 @@ shares, which sum to 1. The mean and a run.json lie where those of a training wo
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from resident_run import ROOT, experiment, write_checkpoint
+from resident_run import ROOT, forget_record, write_checkpoint, write_record
 from torch import Tensor
 
 from pyiqa_clipkd.experiment import recorded_commit
@@ -62,8 +61,7 @@ def written(options: dict[str, Any]) -> Path:
     """The checkpoint of the mean that an option file describes."""
     split = options['datasets']['train']['split_index']
     shares = {with_split(f, split): s for f, s in options['average'].items()}
-    record_file = experiment(options) / 'run.json'
-    record_file.unlink(missing_ok=True)  # that of a mean before
+    forget_record(options)
     path = write_checkpoint(options, {'params': average(shares)})
     record = {
         'name': options['name'],
@@ -72,7 +70,7 @@ def written(options: dict[str, Any]) -> Path:
         'commit': recorded_commit(ROOT),
         'options': options,
     }
-    record_file.write_text(json.dumps(record, indent=1) + '\n')
+    write_record(options, record)
     return path
 
 

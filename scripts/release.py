@@ -135,8 +135,7 @@ class Release:
         for name, settings in self.metrics.items():
             if unknown := sorted(set(settings) - set(SETTINGS)):
                 raise ValueError(
-                    f'plan.yml: {name}: `{unknown[0]}` must be one of '
-                    f'{", ".join(SETTINGS)}.'
+                    f'{name}: `{unknown[0]}` must be one of {", ".join(SETTINGS)}.'
                 )
         self.options = cache(self._options)
         self.first: Split = self.plan['splits'][0]  # of the bundled weights
@@ -177,14 +176,14 @@ class Release:
         ]
         files = self.plan['trainings']
         if missing := sorted({training.file for training in wanted} - set(files)):
-            raise ValueError(f'plan.yml: `trainings` lacks {", ".join(missing)}.')
+            raise ValueError(f'`trainings` lacks {", ".join(missing)}.')
         needed = {t for training in wanted for t in self.before(training)}
         folders: dict[Path, Training] = {}
         for training in sorted(needed, key=str):  # one error, whatever the hashes
             other = folders.setdefault(self.experiment(training), training)
             if other != training:
                 raise ValueError(
-                    f'plan.yml: {training.file} trains the splits {other.split} and '
+                    f'{training.file} trains the splits {other.split} and '
                     f'{training.split} in one folder; its `name` must hold {{split}}.'
                 )
         splits = list(dict.fromkeys(training.split for training in wanted))
@@ -515,7 +514,11 @@ def main() -> None:
         parser.error(f'`--jobs` must be at least 1, but got {args.jobs}.')
     if args.output != BUNDLED_FOLDER:  # so that pyiqa knows these names, too
         os.environ[WEIGHTS_VARIABLE] = str(args.output.resolve())
-    release = Release(args)
+    try:
+        release = Release(args)
+        release.trainings()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f'{args.configs}/plan.yml: {error}')
     for step in STEPS:
         getattr(release, step)()
         if step == args.stop_after:

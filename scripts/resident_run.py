@@ -57,11 +57,10 @@ def train_all(
     store = Store(args.store, device)
     for options in files:
         training = build(options, store, device)
-        record_file = experiment(options) / 'run.json'
-        record_file.unlink(missing_ok=True)  # that of a training before
+        forget_record(options)
         record = training.run() | {'commit': args.commit}
         path = training.save()
-        record_file.write_text(json.dumps(record, indent=1) + '\n')
+        write_record(options, record)
         print(path, record['seconds'], 's', flush=True)
 
 
@@ -76,6 +75,17 @@ def write_checkpoint(options: dict[str, Any], checkpoint: dict[str, Any]) -> Pat
     with written_whole(path) as unfinished:
         torch.save(checkpoint, unfinished)
     return path
+
+
+def forget_record(options: dict[str, Any]) -> None:
+    """Before it is trained again: until the end, release.py finds it unfinished."""
+    (experiment(options) / 'run.json').unlink(missing_ok=True)
+
+
+def write_record(options: dict[str, Any], record: dict[str, Any]) -> None:
+    """The last file of a training."""
+    with written_whole(experiment(options) / 'run.json') as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1) + '\n')
 
 
 def ranking_loss(options: dict[str, Any]) -> DegradationRankingLoss:

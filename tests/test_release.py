@@ -129,6 +129,20 @@ def test_a_plan_of_before_is_not_half_understood(tmp_path: Path) -> None:
         load_script('release').Release(args)
 
 
+def test_a_wrong_plan_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / 'plan.yml').write_text('splits: [1')
+    words = ['release.py', '--images', 'a', '--csv', 'b.csv', '--configs']
+    for folder in (tmp_path, tmp_path / 'nowhere'):
+        monkeypatch.setattr('sys.argv', [*words, str(folder)])
+        with pytest.raises(SystemExit):
+            load_script('release').main()
+        assert f'release.py: error: {folder}/plan.yml: ' in capsys.readouterr().err
+
+
 @pytest.fixture
 def release(tmp_path: Path) -> list[str]:
     """The command, with a plan of three tiny trainings and the mean of two."""

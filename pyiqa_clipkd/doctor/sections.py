@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pyiqa_clipkd import __version__
+from pyiqa_clipkd.cores import usable_cores
 from pyiqa_clipkd.description import ONNX
 from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.models import describe, models
@@ -138,10 +139,8 @@ def weights() -> Report:
 
 def devices(found: Report) -> Report:
     """Processors, memory, and what torch and onnxruntime can compute on."""
-    usable = getattr(os, 'sched_getaffinity', None)
     there = {
-        'CPUs': f'{len(usable(0)) if usable else os.cpu_count()} usable of '
-        f'{os.cpu_count()}, {platform.machine()}',
+        'CPUs': f'{usable_cores()} usable of {os.cpu_count()}, {platform.machine()}',
         'memory': _memory(),
     }
     if torch := found.get('torch'):

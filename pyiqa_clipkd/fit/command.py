@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyiqa_clipkd import pipeline
+from pyiqa_clipkd.cores import usable_cores
 from pyiqa_clipkd.correlation import Interval, correlations, score_files
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.fit.checks import NEW_TEACHER
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--epochs', type=int, help='of each training; default: 3 to 12, by the start')
     add('--input-size', type=int, help='side in pixels; default: that of the start')
     add('--batch-size', type=int, default=16, help='default: 16')
-    add('--workers', type=int, default=min(4, os.cpu_count() or 1), help='of loaders')
+    add('--workers', type=int, default=min(4, usable_cores()), help='of loaders')
     add('--seed', type=int, default=123, help='of split and training')
     add('--output', type=Path, default=Path('fits'), help='folder, default: fits')
     add('--weights-folder', type=Path, help=f'default: {weights_folder()}')

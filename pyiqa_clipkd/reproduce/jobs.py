@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pyiqa_clipkd.cores import usable_cores
 from pyiqa_clipkd.experiment import newest_checkpoint
 from pyiqa_clipkd.reproduce.plan import Run
 
@@ -157,7 +158,7 @@ class Jobs:
 
     def _environment(self, slot: int) -> dict[str, str]:
         """A share of the cores, and one GPU: a recipe's batch is that of one."""
-        threads = max(1, available_cores() // self.at_once)
+        threads = max(1, usable_cores() // self.at_once)
         environment = {'OMP_NUM_THREADS': str(threads), **os.environ}
         if self.gpus:
             environment['CUDA_VISIBLE_DEVICES'] = self.gpus[slot % len(self.gpus)]
@@ -217,13 +218,6 @@ def keep_best(run: Run) -> None:
     for file in (run.folder / 'models').glob('net_*.pth'):
         if file != run.weights:
             file.unlink(missing_ok=True)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _tail(log: Path, lines: int = 15) -> str:

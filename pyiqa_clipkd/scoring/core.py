@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pyiqa_clipkd.attributes.names import faults, named_attributes
+from pyiqa_clipkd.cores import usable_cores
 from pyiqa_clipkd.files import SHORT_HASH
 from pyiqa_clipkd.images import MAX_PIXELS, UnreadableError
 from pyiqa_clipkd.scale import level_of, to_100
@@ -109,11 +109,7 @@ def _closing(rows: Iterator[Row], readers: Here | Isolated) -> Iterator[Row]:
 
 def default_workers(threads: int | None = None) -> int:
     """One for each processor core that this process may use, or each `threads`."""
-    if hasattr(os, 'sched_getaffinity'):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // (threads or 1))
+    return max(1, usable_cores() // (threads or 1))
 
 
 def identity_of(backend: Backend, crops: int) -> Row:
