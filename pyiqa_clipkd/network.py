@@ -52,6 +52,9 @@ class QualityNetwork(nn.Module):
         crops: how many squares of the photograph at its own resolution are scored
             beside the whole of it; the score is the mean. Each costs as much as the
             whole.
+        mirror_invariant: outside of training, the encoder sees each square or its
+            mirror image, whichever has its light further right, so that both have the
+            same score. It costs nothing.
     """
 
     def __init__(
@@ -62,15 +65,16 @@ class QualityNetwork(nn.Module):
         input_size: int,
         config: dict[str, Any],
         crops: int = 0,
+        mirror_invariant: bool = False,
     ) -> None:
         super().__init__()
         if type(crops) is not int or crops < 0:
             raise ValueError(f'`crops` must be a whole number >= 0, but got {crops!r}.')
         self.crops = crops
-        self.preprocessing = CLIPPreprocessing(input_size)
+        self.preprocessing = CLIPPreprocessing(input_size, mirror_invariant)
         self.encoder = encoder
         self.head = head
-        self.config = config
+        self.config = config | ({'mirror_invariant': True} if mirror_invariant else {})
         # Set where the weights have such heads beside them.
         self.readout: AttributeReadout | None = None
 
@@ -160,6 +164,7 @@ class CLIPLikert(QualityNetwork):
         text_anchors: of an open_clip encoder: `False` encodes no prompts and needs no
             tokenizer. The anchors are a fixed arc then, until a checkpoint is loaded.
         crops: squares at the photograph's own resolution, scored beside the whole.
+        mirror_invariant: a photograph and its mirror image get the same score.
 
     The text tower is used once, for the anchors, and dropped. Anchors from text and
     the temperature are frozen; anchors of a timm encoder are learned.
@@ -179,6 +184,7 @@ class CLIPLikert(QualityNetwork):
         temperature: float | None = None,
         text_anchors: bool = True,
         crops: int = 0,
+        mirror_invariant: bool = False,
     ) -> None:
         encoder = resolve_encoder(encoder)
         levels = _checked_levels(levels)
@@ -228,6 +234,7 @@ class CLIPLikert(QualityNetwork):
                 'temperature': temperature,
             },
             crops=crops,
+            mirror_invariant=mirror_invariant,
         )
 
 
@@ -248,6 +255,7 @@ class CLIPKDStudent(QualityNetwork):
         stage_readout: also read the means and deviations of the encoder's last four
             stages, through a hidden layer of this width (`StageReadout`); 0: the
             paper's student, which reads the last features alone. Needs `head: likert`.
+        mirror_invariant: a photograph and its mirror image get the same score.
 
     The anchors are frozen. They come from the teacher (`adopt_head`) or from a
     checkpoint; until then they are a fixed arc.
@@ -265,6 +273,7 @@ class CLIPKDStudent(QualityNetwork):
         input_size: int = 224,
         crops: int = 0,
         stage_readout: int = 0,
+        mirror_invariant: bool = False,
     ) -> None:
         encoder = resolve_encoder(encoder)
         if encoder.startswith(OPEN_CLIP):
@@ -309,6 +318,7 @@ class CLIPKDStudent(QualityNetwork):
                 **({'stage_readout': stage_readout} if stage_readout else {}),
             },
             crops=crops,
+            mirror_invariant=mirror_invariant,
         )
 
     @torch.no_grad()

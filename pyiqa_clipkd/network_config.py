@@ -52,6 +52,7 @@ ENCODER: Check = (_is_encoder, 'the name of a preset, of a timm or an open_clip 
 SIZE = whole(LARGEST_INPUT)
 LEVELS: Check = (_is_levels, f'2 to {MOST_LEVELS} different words')
 POSITIVE: Check = (_is_positive, 'a number > 0')
+YES_OR_NO: Check = (lambda value: type(value) is bool, 'True or False')
 
 OPTIONS: dict[str, dict[str, Check]] = {
     'CLIPLikert': {
@@ -61,8 +62,9 @@ OPTIONS: dict[str, dict[str, Check]] = {
         'levels': LEVELS,
         'input_size': SIZE,
         'embed_dim': whole(WIDEST_EMBEDDING),
-        'quick_gelu': (lambda value: type(value) is bool, 'True or False'),
+        'quick_gelu': YES_OR_NO,
         'temperature': POSITIVE,
+        'mirror_invariant': YES_OR_NO,
     },
     'CLIPKDStudent': {
         'encoder': ENCODER,
@@ -72,6 +74,7 @@ OPTIONS: dict[str, dict[str, Check]] = {
         'temperature': POSITIVE,
         'input_size': SIZE,
         'stage_readout': whole(WIDEST_READOUT),
+        'mirror_invariant': YES_OR_NO,
     },
     'AttributeStudent': {'encoder': ENCODER, 'input_size': SIZE},
 }

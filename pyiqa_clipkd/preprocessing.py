@@ -114,6 +114,23 @@ def native_crops(img: Tensor, size: int, count: int) -> Iterator[Tensor]:
         yield img[..., top : top + side, left : left + side]
 
 
+def light_to_the_right(img: Tensor) -> Tensor:
+    """Of each image and its mirror image that whose light lies further right.
+
+    So a photograph and its mirror image become one.
+
+    Args:
+        img: (N, C, H, W).
+
+    Returns:
+        The same shape.
+    """
+    columns = img.mean((1, 2))
+    from_centre = torch.arange(img.shape[-1]).to(columns) - (img.shape[-1] - 1) / 2
+    light = (columns * from_centre).sum(-1)
+    return torch.where((light < 0).view(-1, 1, 1, 1), img.flip(-1), img)
+
+
 class CLIPPreprocessing(nn.Module):
     """CLIP's resize, centre crop and normalization, differentiable.
 
@@ -123,18 +140,26 @@ class CLIPPreprocessing(nn.Module):
 
     Args:
         input_size: side in pixels of the square that the encoder sees.
+        mirror_invariant: turn each square, outside of training, so that its light lies
+            on the right: a photograph and its mirror image look alike to the encoder.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, input_size: int = 224) -> None:
+    def __init__(self, input_size: int = 224, mirror_invariant: bool = False) -> None:
         super().__init__()
+        if type(mirror_invariant) is not bool:
+            raise ValueError(
+                '`mirror_invariant` must be True or False, but got '
+                f'{mirror_invariant!r}.'
+            )
         if not isinstance(input_size, int) or input_size < 1:
             raise ValueError(
                 f'`input_size` must be a positive integer, but got {input_size!r}.'
             )
         self.input_size = input_size
+        self.mirror_invariant = mirror_invariant
         for name, values in (('mean', CLIP_MEAN), ('std', CLIP_STD)):
             self.register_buffer(
                 name, torch.tensor(values).view(1, 3, 1, 1), persistent=False
@@ -148,7 +173,10 @@ class CLIPPreprocessing(nn.Module):
         # Half precision has no antialiased resize on a CPU.
         precision = torch.promote_types(self.mean.dtype, torch.float32)
         img = resize_and_crop(check_images(img).to(precision), self.input_size)
+        if self.mirror_invariant and not self.training:
+            img = light_to_the_right(img)
         return ((img - self.mean) / self.std).to(self.mean.dtype)
 
     def extra_repr(self) -> str:
-        return f'input_size={self.input_size}'
+        words = f'input_size={self.input_size}'
+        return f'{words}, mirror_invariant=True' if self.mirror_invariant else words

@@ -42,6 +42,7 @@ def publish(
     precision: str = 'float16',
     card: Mapping[str, Any] | None = None,
     input_size: int | None = None,
+    mirror_invariant: bool | None = None,
 ) -> Path:
     """Turn a checkpoint into a metric.
 
@@ -55,6 +56,8 @@ def publish(
             normalization statistics) stay in float32. In memory everything is float32.
         card: what a reader should know: data, licence, results, command.
         input_size: in pixels; by default that of the training.
+        mirror_invariant: whether a photograph and its mirror image get the same score;
+            by default as in the training's options, where it is `False` by default.
 
     Returns:
         The file. Beside it stands the same as a model card, `NAME.md`.
@@ -72,15 +75,19 @@ def publish(
         raise ValueError(
             f'`precision` must be one of {PRECISIONS}, but got {precision!r}.'
         )
-    changes = {} if input_size is None else {'input_size': input_size}
-    network = load_network(checkpoint, **changes)
+    changes = {'input_size': input_size, 'mirror_invariant': mirror_invariant}
+    network = load_network(
+        checkpoint, **{name: v for name, v in changes.items() if v is not None}
+    )
     tensors = _stored(network, precision)
     metadata = {
         'name': name,
         'config': _config(network),
         'preprocessing': {
             'resize': f'shorter side to {network.config["input_size"]}, bicubic, '
-            'antialiased; centre crop',
+            'antialiased; centre crop'
+            + '; mirrored where its light lies left of the centre'
+            * network.preprocessing.mirror_invariant,
             'mean': CLIP_MEAN,
             'std': CLIP_STD,
         },
@@ -154,6 +161,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--folder', help=f'default: {weights_folder()}')
     parser.add_argument('--precision', default='float16', choices=PRECISIONS)
     parser.add_argument('--input-size', type=int, help='default: of the training')
+    parser.add_argument(
+        '--mirror-invariant',
+        action='store_true',
+        default=None,
+        help='a photograph and its mirror image get the same score',
+    )
     parser.add_argument('--data', default='not stated', help='what it was trained on')
     parser.add_argument('--licence', default='not stated', help='terms of the weights')
     parser.add_argument('--results', default='not stated', help='for instance SRCC')
@@ -170,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             precision=args.precision,
             card=card,
             input_size=args.input_size,
+            mirror_invariant=args.mirror_invariant,
         )
     except (OSError, ValueError) as error:
         parser.error(str(error))

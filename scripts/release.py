@@ -49,7 +49,15 @@ ROOT = Path(__file__).resolve().parents[1]
 TEACHER = 'clipkd_teacher'
 WORDS = {True: 'train', False: 'test'}
 # What the plan may say of a metric.
-SETTINGS = ('training', 'splits', 'precision', 'input_size', 'trained_on', 'card')
+SETTINGS = (
+    'training',
+    'splits',
+    'precision',
+    'input_size',
+    'mirror_invariant',
+    'trained_on',
+    'card',
+)
 STEPS = ('prepare', 'train', 'publish', 'score', 'disturb', 'write')
 
 # Decimals of the table; the others have four.
@@ -271,6 +279,7 @@ class Release:
             precision=settings['precision'],
             card=card | {'Made by': f'scripts/release.py: {made_by}; seed 123'},
             input_size=settings.get('input_size'),
+            mirror_invariant=settings.get('mirror_invariant'),
         )
 
     def file(self, name: str, split: Split) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyiqa_clipkd.degradations import PLAIN
 from pyiqa_clipkd.files import file_hash
 from pyiqa_clipkd.locations import BUNDLED_FOLDER, bundled_metrics
+from pyiqa_clipkd.runtime import Runtime
 from pyiqa_clipkd.weights import read_weights
 
 FILES = [BUNDLED_FOLDER / f'{name}.safetensors' for name in bundled_metrics()]
@@ -108,6 +109,18 @@ def test_the_same_photograph_has_the_same_score_every_time_and_in_any_batch(
     assert torch.equal(alone, metric(photo))
     batch = metric(torch.cat([photo.flip(-1), photo, photo * 0.5]))
     assert batch[1] == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_a_photograph_and_its_mirror_image_have_the_same_score(
+    name: str, metric: torch.nn.Module, photo: Tensor
+) -> None:
+    pixels = (255 * photo[0]).round().byte().permute(1, 2, 0).numpy()
+    runtime = Runtime(name)
+    mirror = Image.fromarray(pixels[:, ::-1].copy())
+    scores = [runtime.score(image).score for image in (Image.fromarray(pixels), mirror)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    scores += [metric(view).item() for view in (photo, photo.flip(-1))]
+    assert scores == pytest.approx([scores[-1]] * 4, abs=1e-3)
 
 
 def test_as_a_loss_it_gives_the_image_a_gradient(name: str, photo: Tensor) -> None:

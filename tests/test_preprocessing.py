@@ -188,12 +188,46 @@ def test_images_of_any_float_precision_come_out_in_that_of_the_module(
     assert CLIPPreprocessing(64).to(dtype)(photo).dtype == dtype
 
 
+@pytest.mark.parametrize(('size', 'width'), [(63, 240), (64, 300)])
+def test_an_image_and_its_mirror_image_can_be_made_one(
+    size: int, width: int, photo: Tensor
+) -> None:
+    preprocessing = CLIPPreprocessing(size, mirror_invariant=True)
+    both = torch.cat([photo, photo.flip(-1)])[..., :240, :width]
+    mirrored = both.flip(-1)
+    plain = CLIPPreprocessing(size)
+    assert not torch.equal(plain(both), plain(mirrored))
+    assert torch.equal(preprocessing(both), plain(both))  # while it is trained
+    preprocessing.eval()
+    seen = preprocessing(both)
+    assert torch.allclose(seen, preprocessing(mirrored), atol=1e-5)
+    for one, view, mirror in zip(seen, plain(both), plain(mirrored), strict=True):
+        assert any(torch.allclose(one, x, atol=1e-5) for x in (view, mirror))
+
+
+def test_what_is_seen_has_its_light_on_the_right() -> None:
+    preprocessing = CLIPPreprocessing(4, mirror_invariant=True).eval()
+    light = torch.zeros(2, 3, 4, 4)
+    light[0, :, 0, 0] = light[1, :, 2, 2] = 1
+    seen = preprocessing(light) * STD + MEAN
+    assert seen[:, 0].flatten(1).argmax(1).tolist() == [3, 10]
+
+
+@pytest.mark.parametrize('wrong', [1, 'yes', None])
+def test_what_is_neither_true_nor_false_is_refused(wrong: object) -> None:
+    with pytest.raises(ValueError, match='`mirror_invariant` must be True or False'):
+        CLIPPreprocessing(64, mirror_invariant=wrong)  # type: ignore[arg-type]
+
+
 def test_nothing_of_it_goes_into_a_state_dict() -> None:
     assert not CLIPPreprocessing(64).state_dict()
 
 
 def test_it_says_its_input_size() -> None:
-    assert repr(CLIPPreprocessing(64)) == 'CLIPPreprocessing(input_size=64)'
+    words = 'CLIPPreprocessing(input_size=64)'
+    assert repr(CLIPPreprocessing(64)) == words
+    words = 'CLIPPreprocessing(input_size=64, mirror_invariant=True)'
+    assert repr(CLIPPreprocessing(64, True)) == words
 
 
 @pytest.mark.parametrize('size', [0, -1, 224.0, '224', None, math.inf])

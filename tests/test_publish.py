@@ -108,6 +108,18 @@ def test_the_input_size_of_the_metric_can_differ_from_the_training_s(
     assert 'shorter side to 64' in published.with_suffix('.md').read_text()
 
 
+def test_a_metric_can_give_mirror_images_the_same_score(checkpoint: Path) -> None:
+    image = torch.rand(1, 3, 48, 48)
+    published = publish(checkpoint, NAME, precision='float32', mirror_invariant=True)
+    assert 'where its light lies left' in published.with_suffix('.md').read_text()
+    with torch.no_grad():
+        network = load_network(published)
+        assert network(image).item() == network(image.flip(-1)).item()
+        network = load_network(published, mirror_invariant=False)
+        assert network(image).item() != network(image.flip(-1)).item()
+        assert network(image).item() == load_network(checkpoint)(image).item()
+
+
 def test_the_file_says_what_it_is(checkpoint: Path) -> None:
     published = publish(checkpoint, NAME, card={'Data': 'my photographs'})
     metadata = read_weights(published).metadata
