@@ -38,7 +38,7 @@ def CLIPKDMetric(  # noqa: N802 - the host builds it by this name, like a class
         name: name of the metric, for instance `clipkd_mobilevit`.
         pretrained_model_path: a weight file to use instead of the metric's own.
         changes: options of the network that replace the stored ones: `input_size`,
-            `crops`.
+            `crops`, `mirror_invariant`.
 
     Returns:
         The network in evaluation mode, its weights frozen: (N, 3 or 1, H, W) in [0, 1]

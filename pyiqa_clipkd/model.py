@@ -208,6 +208,7 @@ class CLIPKDModel(GeneralIQAModel):
             raise ValueError(
                 f'`train: feature_hints` and {clash[0]} exclude each other.'
             )
+        self.teacher.preprocessing.mirror_invariant = False  # maps lie as the student's
         self.student_stages = StageOutputs(student)
         self.teacher_stages = StageOutputs(self.teacher)
         hints = FeatureHintLoss(
@@ -237,8 +238,10 @@ class CLIPKDModel(GeneralIQAModel):
             # What the options leave open (width, input size), the checkpoint knows.
             known = read_weights(path).metadata.get('config', {})
         if self.teacher is not None:
-            own = {key: known[key] for key in ('stage_readout',) if key in known}
-            known = own | {k: self.teacher.config[k] for k in ('embed_dim', 'levels')}
+            own = known.keys() & {'stage_readout', 'mirror_invariant'}
+            known = {key: known[key] for key in own} | {
+                key: self.teacher.config[key] for key in ('embed_dim', 'levels')
+            }
         if known.get('type', options['type']) == options['type']:
             for key, value in known.items():
                 options.setdefault(key, value)

@@ -54,7 +54,9 @@ class QualityNetwork(nn.Module):
             whole.
         mirror_invariant: outside of training, the encoder sees each square or its
             mirror image, whichever has its light further right, so that both have the
-            same score. It costs nothing.
+            same score. Whole photographs have, too, but for the pixel by which the
+            centre of a mirror image is cut elsewhere where what is cut off is an odd
+            number; `crops` lie at other places of it.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class CLIPLikert(QualityNetwork):
         text_anchors: of an open_clip encoder: `False` encodes no prompts and needs no
             tokenizer. The anchors are a fixed arc then, until a checkpoint is loaded.
         crops: squares at the photograph's own resolution, scored beside the whole.
-        mirror_invariant: a photograph and its mirror image get the same score.
+        mirror_invariant: as for `QualityNetwork`.
 
     The text tower is used once, for the anchors, and dropped. Anchors from text and
     the temperature are frozen; anchors of a timm encoder are learned.
@@ -255,7 +257,7 @@ class CLIPKDStudent(QualityNetwork):
         stage_readout: also read the means and deviations of the encoder's last four
             stages, through a hidden layer of this width (`StageReadout`); 0: the
             paper's student, which reads the last features alone. Needs `head: likert`.
-        mirror_invariant: a photograph and its mirror image get the same score.
+        mirror_invariant: as for `QualityNetwork`.
 
     The anchors are frozen. They come from the teacher (`adopt_head`) or from a
     checkpoint; until then they are a fixed arc.

@@ -117,7 +117,8 @@ def native_crops(img: Tensor, size: int, count: int) -> Iterator[Tensor]:
 def light_to_the_right(img: Tensor) -> Tensor:
     """Of each image and its mirror image that whose light lies further right.
 
-    So a photograph and its mirror image become one.
+    So an image and its mirror image become one, but for those whose light is in
+    balance, though they are not symmetric.
 
     Args:
         img: (N, C, H, W).
@@ -125,9 +126,11 @@ def light_to_the_right(img: Tensor) -> Tensor:
     Returns:
         The same shape.
     """
-    columns = img.mean((1, 2))
-    from_centre = torch.arange(img.shape[-1]).to(columns) - (img.shape[-1] - 1) / 2
-    light = (columns * from_centre).sum(-1)
+    columns = img.sum(2).sum(1)
+    width = img.shape[-1]
+    places = torch.arange(width, dtype=columns.dtype, device=columns.device)
+    # Of the mirror image exactly the opposite: differences first.
+    light = ((columns - columns.flip(-1)) * (places - (width - 1) / 2)).sum(-1)
     return torch.where((light < 0).view(-1, 1, 1, 1), img.flip(-1), img)
 
 

@@ -56,8 +56,8 @@ def publish(
             normalization statistics) stay in float32. In memory everything is float32.
         card: what a reader should know: data, licence, results, command.
         input_size: in pixels; by default that of the training.
-        mirror_invariant: whether a photograph and its mirror image get the same score;
-            by default as in the training's options, where it is `False` by default.
+        mirror_invariant: whether a photograph and its mirror image get the same score
+            (`QualityNetwork`); by default as in the checkpoint.
 
     Returns:
         The file. Beside it stands the same as a model card, `NAME.md`.
@@ -163,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--input-size', type=int, help='default: of the training')
     parser.add_argument(
         '--mirror-invariant',
-        action='store_true',
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help='a photograph and its mirror image get the same score',
     )
     parser.add_argument('--data', default='not stated', help='what it was trained on')

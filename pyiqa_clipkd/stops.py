@@ -25,8 +25,9 @@ LOADING = {
     ExtensionFileLoader.create_module.__code__,
     ExtensionFileLoader.exec_module.__code__,
 }
-# Seconds until a stop that came while a compiled module was imported is tried again.
-RETRY = 0.02
+# A stop that came while a compiled module was imported is tried again after so many
+# seconds, and not put off for longer.
+RETRY, LONGEST = 0.02, 10.0
 
 
 class Stop:
@@ -41,26 +42,34 @@ class Stop:
     """
 
     code = INTERRUPTED
-    _waits = False
+    _over = False
+    _put_off = 0.0
+    _alarm: Any = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.code = 128 + number
         die_at_once()
-        self._raise(number, frame)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
         if hasattr(signal, 'setitimer') and _is_loading(frame):
-            signal.signal(signal.SIGALRM, self._raise)
+            self._alarm = signal.signal(signal.SIGALRM, self._again)
             signal.setitimer(signal.ITIMER_REAL, RETRY)
-            self._waits = True
         else:
-            self._waits = False
             raise KeyboardInterrupt
 
-    def forget(self) -> None:
+    def _again(self, number: int, frame: FrameType | None) -> None:
+        self._put_off += RETRY
+        if self._over:
+            return
+        if self._put_off < LONGEST and _is_loading(frame):
+            signal.setitimer(signal.ITIMER_REAL, RETRY)
+        else:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
         """What was to be stopped has ended: no stop that waits comes any more."""
-        if self._waits:
+        self._over = True
+        if self._alarm is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._alarm)
 
 
 def _is_loading(frame: FrameType | None) -> bool:
@@ -96,7 +105,7 @@ def stoppable() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        stop.forget()
+        stop.end()
         # A KeyboardInterrupt that has come through an `exec` of text (of a dataclass)
         # makes `python -m` end as if Ctrl-C had killed it, until the next such `exec`.
         exec('')

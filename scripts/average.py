@@ -61,8 +61,9 @@ def written(options: dict[str, Any]) -> Path:
     """The checkpoint of the mean that an option file describes."""
     split = options['datasets']['train']['split_index']
     shares = {with_split(f, split): s for f, s in options['average'].items()}
+    params = average(shares)
     forget_record(options)
-    path = write_checkpoint(options, {'params': average(shares)})
+    path = write_checkpoint(options, {'params': params})
     record = {
         'name': options['name'],
         'seconds': 0,

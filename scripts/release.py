@@ -36,7 +36,7 @@ from pyiqa_clipkd.attributes.names import ATTRIBUTES
 from pyiqa_clipkd.attributes.readout import find_readout
 from pyiqa_clipkd.experiment import recorded_command
 from pyiqa_clipkd.export import write_graph
-from pyiqa_clipkd.files import file_hash, written_whole
+from pyiqa_clipkd.files import file_hash, one_line, written_whole
 from pyiqa_clipkd.locations import BUNDLED_FOLDER, attributes_file
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import WEIGHTS_VARIABLE
@@ -48,7 +48,8 @@ from pyiqa_clipkd.weights import read_weights
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = 'clipkd_teacher'
 WORDS = {True: 'train', False: 'test'}
-# What the plan may say of a metric.
+# What the plan has to say, and what it may say of a metric.
+PARTS = {'splits', 'size', 'teacher', 'trainings', 'card', 'metrics'}
 SETTINGS = (
     'training',
     'splits',
@@ -139,6 +140,8 @@ class Release:
         self.args = args
         plan = args.configs / 'plan.yml'
         self.plan: dict[str, Any] = yaml.safe_load(plan.read_text(encoding='utf-8'))
+        if not isinstance(self.plan, dict) or PARTS - self.plan.keys():
+            raise ValueError(f'it must be a mapping with {", ".join(sorted(PARTS))}.')
         self.metrics: dict[str, dict[str, Any]] = self.plan['metrics']
         for name, settings in self.metrics.items():
             if unknown := sorted(set(settings) - set(SETTINGS)):
@@ -527,7 +530,7 @@ def main() -> None:
         release = Release(args)
         release.trainings()
     except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(f'{args.configs}/plan.yml: {error}')
+        parser.error(f'{args.configs}/plan.yml: {one_line(error)}')
     for step in STEPS:
         getattr(release, step)()
         if step == args.stop_after:

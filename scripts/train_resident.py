@@ -242,6 +242,8 @@ class Step:
         norms = (m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
         self.kept = [*norms] if keep else []
         self.hints: FeatureHintLoss | None = None
+        for teacher in training.teachers:  # maps lie as the student's
+            teacher.preprocessing.mirror_invariant = False
         if training.train.get('feature_hints'):
             self.stages = StageOutputs(net), StageOutputs(training.teachers[0])
             mine, theirs = self.stages

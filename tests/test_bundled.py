@@ -114,13 +114,18 @@ def test_the_same_photograph_has_the_same_score_every_time_and_in_any_batch(
 def test_a_photograph_and_its_mirror_image_have_the_same_score(
     name: str, metric: torch.nn.Module, photo: Tensor
 ) -> None:
-    pixels = (255 * photo[0]).round().byte().permute(1, 2, 0).numpy()
     runtime = Runtime(name)
-    mirror = Image.fromarray(pixels[:, ::-1].copy())
-    scores = [runtime.score(image).score for image in (Image.fromarray(pixels), mirror)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-    scores += [metric(view).item() for view in (photo, photo.flip(-1))]
-    assert scores == pytest.approx([scores[-1]] * 4, abs=1e-3)
+    # Of 450 px both sides lose as much, of 451 one loses a pixel more.
+    for width, most in ((450, 1e-5), (451, 0.05)):
+        view = photo[..., :width]
+        images = [
+            Image.fromarray((255 * one[0]).round().byte().permute(1, 2, 0).numpy())
+            for one in (view, view.flip(-1))
+        ]
+        scores = [runtime.score(image).score for image in images]
+        assert scores[0] == pytest.approx(scores[1], abs=most)
+        scores = [metric(one).item() for one in (view, view.flip(-1))]
+        assert scores[0] == pytest.approx(scores[1], abs=most)
 
 
 def test_as_a_loss_it_gives_the_image_a_gradient(name: str, photo: Tensor) -> None:

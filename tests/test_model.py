@@ -208,15 +208,16 @@ def test_a_student_of_another_teacher_gets_the_anchors_of_this_one(data: Path) -
 
 def test_a_readout_of_the_stages_learns_and_is_a_start_again(data: Path) -> None:
     options = student_options(data)
-    options['network']['stage_readout'] = 12
+    options['network'] |= {'stage_readout': 12, 'mirror_invariant': True}
     run(options)
-    trained = checkpoint('student')
+    trained = checkpoint('student', 'net_best')
     assert trained['encoder.readout.last.weight'].abs().sum() > 0
     assert trained['encoder.readout.norm.running_mean'].abs().sum() > 0
     again = student_options(data)
     again['path']['pretrain_network'] = 'experiments/student/models/net_best.pth'
     network = built(again).net
     assert network.config['stage_readout'] == 12
+    assert network.config['mirror_invariant'] is True
     for name, tensor in network.state_dict().items():
         if name.startswith('encoder.readout'):
             assert torch.equal(tensor, trained[name]), name

@@ -30,6 +30,16 @@ from pyiqa_clipkd.network import CLIPKDStudent, load_network
 from pyiqa_clipkd.runtime import Runtime
 from pyiqa_clipkd.weights import read_weights
 
+# Of a plan: what it has to say.
+PLAN: dict[str, Any] = {
+    'splits': [1],
+    'size': 48,
+    'teacher': {'training': 'one.yml'},
+    'trainings': ['one.yml'],
+    'card': {},
+    'metrics': {},
+}
+
 SCRIPT = SCRIPTS / 'release.py'
 NAME = 'clipkd_tiny'
 
@@ -103,13 +113,7 @@ def test_two_splits_in_one_folder_are_refused_before_any_training(
 ) -> None:
     options = {'name': 'one', 'data': {'split_index': 1}, 'path': {}}
     write_options(tmp_path / 'one.yml', options)
-    plan = {
-        'splits': [1, 2],
-        'teacher': {'training': 'one.yml'},
-        'trainings': ['one.yml'],
-        'metrics': {},
-    }
-    (tmp_path / 'plan.yml').write_text(yaml.safe_dump(plan))
+    (tmp_path / 'plan.yml').write_text(yaml.safe_dump(PLAN | {'splits': [1, 2]}))
     args = argparse.Namespace(configs=tmp_path, force_yml=None)
     with pytest.raises(ValueError, match='trains the splits 1 and 2 in one folder'):
         load_script('release').Release(args).trainings()
@@ -120,9 +124,7 @@ def test_two_splits_in_one_folder_are_refused_before_any_training(
 
 def test_a_plan_of_before_is_not_half_understood(tmp_path: Path) -> None:
     metrics = {'clipkd_mine': {'training': 'one.yml', 'average': {'a.pth': 1}}}
-    (tmp_path / 'plan.yml').write_text(
-        yaml.safe_dump({'splits': [1], 'metrics': metrics})
-    )
+    (tmp_path / 'plan.yml').write_text(yaml.safe_dump(PLAN | {'metrics': metrics}))
     args = argparse.Namespace(configs=tmp_path, force_yml=None)
     words = r'clipkd_mine: `average` must be one of training, splits'
     with pytest.raises(ValueError, match=words):
@@ -134,13 +136,16 @@ def test_a_wrong_plan_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / 'plan.yml').write_text('splits: [1')
+    plan = tmp_path / 'plan.yml'
     words = ['release.py', '--images', 'a', '--csv', 'b.csv', '--configs']
-    for folder in (tmp_path, tmp_path / 'nowhere'):
-        monkeypatch.setattr('sys.argv', [*words, str(folder)])
+    monkeypatch.setattr('sys.argv', [*words, str(tmp_path)])
+    for text in (None, 'splits: [1', '', 'splits: [1]'):
+        if text is not None:
+            plan.write_text(text)
         with pytest.raises(SystemExit):
             load_script('release').main()
-        assert f'release.py: error: {folder}/plan.yml: ' in capsys.readouterr().err
+        *_, said = capsys.readouterr().err.splitlines()
+        assert said.startswith(f'release.py: error: {plan}: '), text
 
 
 @pytest.fixture
