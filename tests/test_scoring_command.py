@@ -21,6 +21,8 @@ from scoring_data import METRIC, ODD, damaged, encoded, photograph, write_odd
 from torchvision.transforms.functional import to_tensor
 
 from pyiqa_clipkd.command import main
+from pyiqa_clipkd.files import file_hash
+from pyiqa_clipkd.locations import BUNDLED_FOLDER
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.scoring.results import read_results
 
@@ -77,7 +79,8 @@ def test_lines_on_the_screen_and_a_summary(folder: Path) -> None:
     assert found
     assert float(found[1]) == pytest.approx(mean, abs=0.01)
     assert 'images/s' in summary
-    assert f'{METRIC}, weights {METRIC}.safetensors (a82983a9), onnx.' in summary
+    digest = file_hash(BUNDLED_FOLDER / f'{METRIC}.safetensors')[:8]
+    assert f'{METRIC}, weights {METRIC}.safetensors ({digest}), onnx.' in summary
     assert score('photos', '--quiet').stderr == b''
 
 
