@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -109,6 +111,8 @@ class Runtime:
         self.description = _describe(self.path)
         self._options: dict[str, Any] = {'threads': threads, 'providers': providers}
         self._session = _session(self.path, threads, providers)
+        self._process = os.getpid()
+        self._reopening = threading.Lock()
         _check_graph(self._session, self.path, self.description)
         self._outputs = [output.name for output in self._session.get_outputs()]
         has_attributes = bool(self.description.attributes)
@@ -180,6 +184,8 @@ class Runtime:
         return self._run(squares)
 
     def _run(self, batch: np.ndarray) -> Outputs:
+        if self._process != os.getpid() and self._options['threads'] != 1:
+            self._reopen()
         name = INPUT_NAMES[self.description.input]
         values = self._session.run(None, {name: batch})
         found = dict(zip(self._outputs, values, strict=True))
@@ -187,6 +193,23 @@ class Runtime:
         if not np.isfinite(found[SCORE]).all():
             raise ValueError(f'{self.path} gives scores that are no numbers.')
         return found[SCORE], found.get(PROBABILITIES), why
+
+    def _reopen(self) -> None:
+        """A forked child has none of the session's threads, but perhaps their locks.
+
+        The session itself is kept: its end would wait for these threads.
+        """
+        with self._reopening:
+            if self._process == os.getpid():  # another thread was first
+                return
+            self._inherited = self._session
+            if _describe(self.path) != self.description:
+                raise ValueError(
+                    f'{self.path} has changed since the process was forked that opened '
+                    'it: make a Runtime of the new file.'
+                )
+            self._session = _session(self.path, **self._options)
+            self._process = os.getpid()
 
     def score(
         self, source: str | Path | BinaryIO | Image.Image | np.ndarray, crops: int = 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,6 +205,27 @@ def test_forked_processes_score_after_their_parent_has(
     metric = make(METRIC)
     _score(metric, np.asarray(images()[0]))
     assert scores_in('fork', metric) == in_turn(metric)
+
+
+class Stuck:
+    """A session whose threads stayed with the parent, one of them with a lock."""
+
+    def run(self, *arguments: Any) -> None:
+        time.sleep(2 * WAIT)
+
+
+@needs_fork
+def test_a_forked_process_never_runs_its_parent_s_session(tmp_path: Path) -> None:
+    metric = Runtime(METRIC)
+    expected = in_turn(metric)
+    metric._session = Stuck()
+    assert scores_in('fork', metric) == expected
+    graph = shutil.copy(metric.path, tmp_path)
+    shutil.copy(metric.path.with_suffix('.safetensors'), tmp_path)
+    own = Runtime(graph)
+    (tmp_path / f'{METRIC}.safetensors').write_bytes(b'another')
+    with pytest.raises(ValueError, match='was made of other weights'):
+        scores_in('fork', own)
 
 
 @pytest.mark.slow
