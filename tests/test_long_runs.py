@@ -93,6 +93,56 @@ except KeyboardInterrupt:
     assert done.returncode == 128 + signal.SIGTERM
 
 
+# Sends itself SIGTERM when the import of the compiled module argv[1] calls Python.
+STOPPED_WHILE_LOADING = """
+import builtins, os, signal, sys
+from importlib.machinery import ExtensionFileLoader
+from pyiqa_clipkd.stops import stoppable
+
+imported, loading = __import__, set()
+
+def noted(step):
+    def load(self, what):
+        loading.add(getattr(what, '__spec__', what).name)
+        try:
+            return step(self, what)
+        finally:
+            loading.clear()
+    return load
+
+def stopped_import(*arguments, **names):
+    if sys.argv[1] in loading:
+        loading.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return imported(*arguments, **names)
+
+builtins.__import__ = stopped_import
+ExtensionFileLoader.create_module = noted(ExtensionFileLoader.create_module)
+ExtensionFileLoader.exec_module = noted(ExtensionFileLoader.exec_module)
+try:
+    with stoppable() as stop:
+        import scipy.stats
+        import time
+        time.sleep(5)
+        sys.exit('nothing came')
+except KeyboardInterrupt:
+    sys.exit(stop.code)
+"""
+
+
+@pytest.mark.parametrize('module', ['_stats_pythran', '_qmc_cy'])
+def test_a_stop_while_a_compiled_module_is_imported_is_not_its_failure(
+    module: str,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, '-c', STOPPED_WHILE_LOADING, f'scipy.stats.{module}'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ''
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 def test_ignored_signals_and_those_of_torchrun_are_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -176,56 +226,6 @@ def test_without_locks_a_second_run_is_refused_all_the_same(
     assert list(tmp_path.iterdir()) == []
     with locked(path):
         pass
-
-
-# Sends itself SIGTERM when the import of the compiled module argv[1] calls Python.
-STOPPED_WHILE_LOADING = """
-import builtins, os, signal, sys
-from importlib.machinery import ExtensionFileLoader
-from pyiqa_clipkd.stops import stoppable
-
-imported, loading = __import__, set()
-
-def noted(step):
-    def load(self, what):
-        loading.add(getattr(what, '__spec__', what).name)
-        try:
-            return step(self, what)
-        finally:
-            loading.clear()
-    return load
-
-def stopped_import(*arguments, **names):
-    if sys.argv[1] in loading:
-        loading.clear()
-        os.kill(os.getpid(), signal.SIGTERM)
-    return imported(*arguments, **names)
-
-builtins.__import__ = stopped_import
-ExtensionFileLoader.create_module = noted(ExtensionFileLoader.create_module)
-ExtensionFileLoader.exec_module = noted(ExtensionFileLoader.exec_module)
-try:
-    with stoppable() as stop:
-        import scipy.stats
-        import time
-        time.sleep(5)
-        sys.exit('nothing came')
-except KeyboardInterrupt:
-    sys.exit(stop.code)
-"""
-
-
-@pytest.mark.parametrize('module', ['_stats_pythran', '_qmc_cy'])
-def test_a_stop_while_a_compiled_module_is_imported_is_not_its_failure(
-    module: str,
-) -> None:
-    done = subprocess.run(
-        [sys.executable, '-c', STOPPED_WHILE_LOADING, f'scipy.stats.{module}'],
-        capture_output=True,
-        text=True,
-    )
-    assert done.stderr == ''
-    assert done.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize('other_host', [False, True])
