@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import math
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from resident_views import Store
 from scipy.stats import pearsonr, spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyiqa_clipkd.experiment import recorded_commit
 from pyiqa_clipkd.files import written_whole
@@ -21,6 +23,7 @@ from pyiqa_clipkd.pipeline import keep_freed_memory
 from pyiqa_clipkd.ranking import DegradationRankingLoss
 
 ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = 50  # one photograph in so many tells a store from another
 
 
 class Training(Protocol):
@@ -93,6 +96,44 @@ def ranking_loss(options: dict[str, Any]) -> DegradationRankingLoss:
     ranking = dict(options['train']['ranking_loss_opt'])
     ranking.pop('type')
     return DegradationRankingLoss(**ranking)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """For an optimizer: biases and scales of normalizations don't decay."""
+    every = [*parameters]
+    return [
+        {'params': [p for p in every if p.ndim > 1]},
+        {'params': [p for p in every if p.ndim < 2], 'weight_decay': 0.0},
+    ]
+
+
+def finite(name: str, losses: dict[str, Tensor]) -> dict[str, float]:
+    """The losses of a batch as numbers.
+
+    Raises:
+        RuntimeError: if one isn't finite any more.
+    """
+    values = {key: float(value.detach()) for key, value in losses.items()}
+    if not all(map(math.isfinite, values.values())):
+        raise RuntimeError(
+            f'{name}: the losses are {values}. Lower the learning rate, or train '
+            'without `mixed_precision`.'
+        )
+    return values
+
+
+def made_of(store: Store) -> dict[str, Any]:
+    """What tells a store from another: of one in so many photographs and copies."""
+    return {
+        'photographs': checksum(store.photographs[::SAMPLE]),
+        'copies': checksum(store.copies[::SAMPLE, 0]),
+        'train': checksum(store.train),
+    }
+
+
+def checksum(tensor: Tensor) -> int:
+    """Of all its bytes."""
+    return zlib.crc32(np.ascontiguousarray(tensor.cpu().numpy()).data)
 
 
 def agreement(scores: Tensor, mos: Tensor) -> dict[str, float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,6 @@ from pyiqa_clipkd.stages import statistics
 from pyiqa_clipkd.weights import read_weights
 
 LOOK = 16  # photographs at once
-SAMPLE = 50  # one in so many tells a store from another
 
 
 class Looks(NamedTuple):
@@ -94,9 +92,8 @@ class Training:
             'start': file_hash(start),
             'teachers': [file_hash(with_split(f, split)) for f in files],
             'input_size': options['network']['input_size'],
-            'photographs': checksum(store.photographs[::SAMPLE]),
-            'copies': [copies, checksum(store.copies[::SAMPLE, 0])],
-            'train': checksum(store.train),
+            'store': resident_run.made_of(store),
+            'copies': copies,
             'mixed_precision': self.train['mixed_precision'],
             'moved': [self.ranking.shift, self.ranking.zoom, options['manual_seed']],
         }
@@ -310,11 +307,6 @@ def fill(network: QualityNetwork, tensors: Mapping[str, Tensor], source: str) ->
     mine = network.state_dict()
     new = {n: x for n, x in mine.items() if n.startswith('encoder.readout.')}
     load_tensors(network, {**tensors, **new}, source)
-
-
-def checksum(tensor: Tensor) -> int:
-    """Of all its bytes."""
-    return zlib.crc32(np.ascontiguousarray(tensor.cpu().numpy()).data)
 
 
 def written_of(file: Path) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,12 +150,7 @@ class Training:
 
     def _look(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """The losses of a batch, and figures of the held-out side."""
-        values = {key: float(value.detach()) for key, value in losses.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise RuntimeError(
-                f'{self.options["name"]}: the losses are {values}. Lower the learning '
-                'rate, or train without `mixed_precision`.'
-            )
+        values = resident_run.finite(self.options['name'], losses)
         return values | self.validate(self.engine.evaluated(self.net))
 
     def _views(self) -> Views:
@@ -260,10 +254,7 @@ class Step:
         parameters = [*net.parameters()]
         if self.hints is not None:
             parameters += [*self.hints.parameters()]
-        groups: list[dict[str, Any]] = [
-            {'params': [p for p in parameters if p.ndim > 1]},
-            {'params': [p for p in parameters if p.ndim < 2], 'weight_decay': 0.0},
-        ]
+        groups = resident_run.decay_groups(parameters)
         fused = training.device.type == 'cuda'
         self.optimizer = torch.optim.AdamW(
             groups, lr=self.lr, weight_decay=decay, fused=fused
