@@ -112,6 +112,7 @@ class Runtime:
         self._options: dict[str, Any] = {'threads': threads, 'providers': providers}
         self._session = _session(self.path, threads, providers)
         self._process = os.getpid()
+        self._inherited: list[Any] = []  # of processes that this one was forked from
         self._reopening = threading.Lock()
         _check_graph(self._session, self.path, self.description)
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -202,7 +203,7 @@ class Runtime:
         with self._reopening:
             if self._process == os.getpid():  # another thread was first
                 return
-            self._inherited = self._session
+            self._inherited.append(self._session)
             if _describe(self.path) != self.description:
                 raise ValueError(
                     f'{self.path} has changed since the process was forked that opened '

@@ -207,7 +207,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--ways', nargs='+', choices=WAYS, default=WAYS)
     add('-o', '--output', type=Path, help='JSON file for the figures')
     add('--work', choices=WAYS, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.work and (args.images - args.warm) // args.every < 3:
+        parser.error('`--images` less `--warm` must be at least three times `--every`.')
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
