@@ -487,7 +487,7 @@ def test_a_training_on_a_full_disk_goes_on_when_there_is_room(
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='asks the kernel')
 @pytest.mark.parametrize(
     ('way', 'images', 'every'),
-    [('score', 700, 30), ('runtime', 700, 30), ('metric', 600, 6)],
+    [('score', 700, 30), ('runtime', 700, 30), ('metric', 1500, 6)],
 )
 def test_memory_files_and_threads_stay_flat(
     way: str, images: int, every: int, tmp_path: Path
@@ -499,16 +499,20 @@ def test_memory_files_and_threads_stay_flat(
     # A multiple of 6: at each sample the photograph in memory is the same one.
     samples = long_run.samples_of(way, tmp_path, images, every)
     found = long_run.summary(samples, warm=150)
-    assert found['floor_kb_per_1000_images'] < 8000
+    assert found['usual_kb_per_1000_images'] < 8000
     assert found['files'][1] - found['files'][0] <= 1
     assert found['threads'][1] - found['threads'][0] <= 1
 
 
-def test_a_leak_would_be_seen_and_what_comes_and_goes_is_none() -> None:
+@pytest.mark.parametrize('seed', range(20))
+def test_a_leak_would_be_seen_and_what_comes_and_goes_is_none(seed: int) -> None:
     long_run = load_script('long_run')
-    held = np.random.default_rng(0).choice([0.0, 5.0], 100)  # by an allocator
+    # As measured: what an allocator holds back, and how often.
+    held = np.random.default_rng(seed).choice(
+        [8.0, 6.0, 0.0, -3.0, -6.0, -25.0], 150, p=[0.02, 0.48, 0.25, 0.2, 0.03, 0.02]
+    )
 
-    def summary(leak: float) -> dict[str, Any]:
+    def usual(leak: float) -> float:
         samples = [
             {
                 'images': n * 6,
@@ -518,9 +522,9 @@ def test_a_leak_would_be_seen_and_what_comes_and_goes_is_none() -> None:
             }
             for n, more in enumerate(held, 1)
         ]
-        found: dict[str, Any] = long_run.summary(samples, warm=150)
-        return found
+        found = long_run.summary(samples, warm=150)['usual_kb_per_1000_images']
+        return float(found)
 
-    assert summary(leak=0)['floor_kb_per_1000_images'] == 0
-    assert 38_000 < summary(leak=0.04)['floor_kb_per_1000_images'] < 42_000
-    assert 9_000 < summary(leak=0.01)['floor_kb_per_1000_images'] < 11_000
+    assert abs(usual(leak=0)) < 8000
+    assert 32_000 < usual(leak=0.04) < 48_000
+    assert 8000 < usual(leak=0.02) < 32_000
