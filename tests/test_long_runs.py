@@ -492,7 +492,10 @@ def test_a_training_on_a_full_disk_goes_on_when_there_is_room(
 def test_memory_files_and_threads_stay_flat(
     way: str, images: int, every: int, tmp_path: Path
 ) -> None:
-    """A leak of one decoded square a photograph would be 1,700 MB a thousand."""
+    """A leak of one decoded square a photograph would be 1,700 MB a thousand.
+
+    Smaller ones fill what the imports left free first, some 10 MB.
+    """
     long_run = load_script('long_run')
     for number in range(6):
         photograph(number, (60 + 40 * number, 90)).save(tmp_path / f'{number}.png')
