@@ -59,6 +59,7 @@ SETTINGS = (
     'trained_on',
     'card',
 )
+NEEDED = {'training', 'precision', 'trained_on'}  # of a metric
 STEPS = ('prepare', 'train', 'publish', 'score', 'disturb', 'write')
 
 # Decimals of the table; the others have four.
@@ -148,6 +149,10 @@ class Release:
                 raise ValueError(
                     f'{name}: `{unknown[0]}` must be one of {", ".join(SETTINGS)}.'
                 )
+            if missing := sorted(NEEDED - set(settings)):
+                raise ValueError(f'{name}: `{missing[0]}` is missing.')
+        if 'training' not in self.plan['teacher']:
+            raise ValueError('teacher: `training` is missing.')
         self.options = cache(self._options)
         self.first: Split = self.plan['splits'][0]  # of the bundled weights
 

@@ -131,6 +131,22 @@ def test_a_plan_of_before_is_not_half_understood(tmp_path: Path) -> None:
         load_script('release').Release(args)
 
 
+@pytest.mark.parametrize('missing', ['training', 'precision', 'trained_on'])
+def test_what_a_metric_lacks_is_told_before_any_training(
+    missing: str, tmp_path: Path
+) -> None:
+    metric = {'training': 'one.yml', 'precision': 'int8', 'trained_on': 'a laptop'}
+    del metric[missing]
+    args = argparse.Namespace(configs=tmp_path, force_yml=None)
+    plan = PLAN | {'metrics': {'clipkd_mine': metric}}
+    (tmp_path / 'plan.yml').write_text(yaml.safe_dump(plan))
+    with pytest.raises(ValueError, match=f'clipkd_mine: `{missing}` is missing'):
+        load_script('release').Release(args)
+    (tmp_path / 'plan.yml').write_text(yaml.safe_dump(PLAN | {'teacher': {}}))
+    with pytest.raises(ValueError, match='teacher: `training` is missing'):
+        load_script('release').Release(args)
+
+
 def test_a_wrong_plan_is_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
