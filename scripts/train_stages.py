@@ -9,7 +9,8 @@ learns the teacher's projection cell by cell: it is linear in the pooled feature
 readout of the teacher's stages has no part in that: `train_readout.py` learns one.
 
 The teacher's channels, each with mean 0 and deviation 1, are the student's first ones;
-its others are 0. So stages fit together afterwards without anything between them.
+its others are constant, but not 0: a layer normalization would else lose how large the
+map is in a cell. So stages fit together afterwards without anything between them.
 What comes out is a start for `train_resident.py`; for instance
 configs/release/stages/mobilevit.yml.
 """
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from network_stages import Stages, check_cut
 from resident_views import Phase, Store, Views, in_unit_range, resized
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from pyiqa_clipkd.engine import TrainingEngine
@@ -59,6 +61,8 @@ class Part(NamedTuple):
         own: share of the images in which a stage gets what the student's own stage
             before gave, and not the teacher's: at the begin, and from the middle on.
             Those before the part's first stage run, but don't learn.
+        weights: loss -> its weight, 1 if not named. Losses are those of the strides
+            and, of the last one, `hint` (its map), `cells`, `embedding` and `score`.
     """
 
     stages: Sequence[int]
@@ -69,6 +73,7 @@ class Part(NamedTuple):
     copies: int
     mixed: int
     own: Sequence[float] = (0.0, 0.0)
+    weights: dict[str, float] = {}  # noqa: RUF012
 
     def phase(self, progress: float) -> Phase:
         """The batch at that share of the steps."""
@@ -122,6 +127,9 @@ class Training:
             'train': {k: v for k, v in self.train.items() if k != 'parts'},
             'seed': self.seed,
         }
+        for module in self.net.modules():
+            if isinstance(module, DropPath):  # targets of cells need all blocks
+                module.drop_prob = 0.0
         self.net.to(device)
         for network in (self.net, self.teacher):
             network.to(memory_format=torch.channels_last)
@@ -243,8 +251,8 @@ class Training:
     def _target(self, maps: Tensor, stride: int) -> Tensor:
         """The teacher's map, in the student's channels."""
         spare = self.mine.channels[stride] - maps.shape[1]
-        values = F.pad(self._normalized(maps, stride), (0, 0, 0, 0, 0, spare))
-        return values + self.offsets[stride]
+        values = self._normalized(maps, stride) + self.offsets[stride]
+        return F.pad(values, (0, 0, 0, 0, 0, spare), value=ACTIVE)
 
     # --- training ---------------------------------------------------------------------
 
@@ -302,7 +310,8 @@ class Training:
             images = self._images(part.phase(progress))
             own = part.share_of_own(progress)
             losses = self._losses(images, part.stages, own, self.draw)
-            self.engine.backward(torch.stack([*losses.values()]).sum(), step)
+            weighted = [part.weights.get(k, 1.0) * loss for k, loss in losses.items()]
+            self.engine.backward(torch.stack(weighted).sum(), step)
             if step % max(1, part.steps // LINES) == 0 or step == part.steps:
                 values = resident_run.finite(self.options['name'], losses)
                 history.append({'step': step, **rounded(values)})
@@ -430,12 +439,17 @@ def part_of(options: Any, largest: int) -> Part:
     Raises:
         ValueError: if a word is missing, unknown or has a value that isn't allowed.
     """
-    words = f'{", ".join(Part._fields[:-1])}, and may have own'
+    needed = set(Part._fields) - set(Part._field_defaults)
     given = set(options) if isinstance(options, dict) else set()
-    if set(Part._fields[:-1]) - given or given - set(Part._fields):
-        raise ValueError(f'`train: parts` must each have {words}; got {options!r}.')
+    if needed - given or given - set(Part._fields):
+        words = [name for name in Part._fields if name in needed]
+        raise ValueError(
+            f'`train: parts` must each have {", ".join(words)}, and may have '
+            f'{", ".join(Part._field_defaults)}; got {options!r}.'
+        )
     part = Part(**options)
     stages = list(part.stages)
+    losses = [*map(str, STRIDES[:-1]), 'hint', 'cells', 'embedding', 'score']
     first = STRIDES.index(stages[0]) if stages and stages[0] in STRIDES else 0
     allowed = {
         'stages': (
@@ -452,15 +466,21 @@ def part_of(options: Any, largest: int) -> Part:
         'photographs': ('at least 2', part.photographs >= 2),
         'copies': ('0 to `photographs`', 0 <= part.copies <= part.photographs),
         'mixed': ('at least 0', part.mixed >= 0),
+        'weights': (
+            f'numbers of at least 0 for {", ".join(losses)}',
+            isinstance(part.weights, dict)
+            and set(part.weights) <= set(losses)
+            and all(weight >= 0 for weight in part.weights.values()),
+        ),
         'own': (
             'two shares in [0, 1]',
             len(part.own) == 2 and all(0 <= share <= 1 for share in part.own),
         ),
     }
-    for word, (needed, fits) in allowed.items():
+    for word, (values, fits) in allowed.items():
         if not fits:
             raise ValueError(
-                f'`train: parts: {word}` must be {needed}, but got '
+                f'`train: parts: {word}` must be {values}, but got '
                 f'{getattr(part, word)!r}.'
             )
     return part

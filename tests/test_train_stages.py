@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_stages_learn_and_a_rerun_repeats_only_what_has_changed(
 def test_targets_are_the_teacher_s_channels_where_the_student_can_reach_them(
     store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Normalized, above 0 for an activation, and nothing in the channels to spare."""
+    """Normalized, above 0 for an activation, and constant in the channels to spare."""
     monkeypatch.chdir(taught)
     script = scripts('train_stages')
     arrays = scripts('resident_views').Store([store], torch.device('cpu'))
@@ -143,6 +144,42 @@ def test_targets_are_the_teacher_s_channels_where_the_student_can_reach_them(
         deviation, mean = torch.std_mean(target[:, :used], (0, 2, 3))
         assert torch.allclose(mean, torch.tensor(script.ACTIVE), atol=0.4)
         assert 0.7 < float(deviation.mean()) < 1.3
+
+
+def test_a_loss_without_weight_teaches_nothing(
+    store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(taught)
+    part = {'stages': [4, 8], 'steps': 2, 'weights': {'8': 0}}
+    options = student_of(part)
+    options['train']['optim'] = {'weight_decay': 0}
+    arrays = scripts('resident_views').Store([store], torch.device('cpu'))
+    training = scripts('train_stages').Training(options, arrays, torch.device('cpu'))
+    before = copy.deepcopy(training.mine.parts)
+    training.run()
+    for place, learns in ((0, True), (1, False)):
+        pairs = zip(
+            before[place].parameters(),
+            training.mine.parts[place].parameters(),
+            strict=True,
+        )
+        same = [torch.equal(*pair) for pair in pairs if pair[0].ndim > 1]
+        assert all(same) != learns
+
+
+def test_no_block_is_left_out_while_stages_learn(
+    store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm's Swin leaves out one in ten by default."""
+    monkeypatch.chdir(taught)
+    network = {'type': 'CLIPKDStudent', 'encoder': 'swin', 'input_size': SIDE}
+    options = student_of({'stages': [16], 'steps': 1}, network=network)
+    arrays = scripts('resident_views').Store([store], torch.device('cpu'))
+    training = scripts('train_stages').Training(options, arrays, torch.device('cpu'))
+    training.mine.train()
+    maps = torch.rand(4, training.mine.channels[8], 7, 7)
+    first = training.mine.run(16, maps)
+    assert all(torch.equal(training.mine.run(16, maps), first) for _ in range(3))
 
 
 def test_batches_grow_in_size_and_shrink_in_number(scripts: Any) -> None:
@@ -169,6 +206,8 @@ def test_batches_grow_in_size_and_shrink_in_number(scripts: Any) -> None:
         ({'copies': 7}, 'copies` must be 0 to `photographs`, but got 7'),
         ({'mixed': -1}, 'mixed` must be at least 0'),
         ({'own': [0, 2]}, r'own` must be two shares in \[0, 1\], but got \[0, 2\]'),
+        ({'weights': {'4': -1}}, 'weights` must be numbers of at least 0 for 4, 8, 16'),
+        ({'weights': {'32': 1}}, r"hint, cells, embedding, score, but got .'32': 1"),
         ({'step': 3}, 'parts` must each have stages, sizes, steps, lr, photographs'),
     ],
 )
