@@ -33,7 +33,7 @@ LEAST_SRCC = {
     'clipkd_efficientnet': 0.8,
     'clipkd_mobilevit': 0.72,
     'clipkd_resnet18': 0.66,
-    'clipkd_swin': 0.58,
+    'clipkd_swin': 0.71,
 }
 STUDENTS = sorted(LEAST_SRCC)
 HELD_OUT = 250
