@@ -23,9 +23,9 @@ STAGES = 4
 TINY = 1e-6
 
 
-def deviation(mean: Tensor, square: Tensor) -> Tensor:
-    """Standard deviation from the mean and the mean of squares, of the same shape."""
-    return (square - mean * mean).clamp(min=0).add(TINY).sqrt()
+def deviation(variance: Tensor) -> Tensor:
+    """Its root, of the same shape."""
+    return variance.clamp(min=0).add(TINY).sqrt()
 
 
 def statistics(maps: Sequence[Tensor]) -> Tensor:
@@ -36,8 +36,10 @@ def statistics(maps: Sequence[Tensor]) -> Tensor:
     parts = []
     for values in maps:
         values = in_full_precision(values)[0]
-        mean, square = values.mean((2, 3)), (values * values).mean((2, 3))
-        parts += [mean, deviation(mean, square)]
+        mean = values.mean((2, 3), keepdim=True)
+        # Not from the mean of squares: of a nearly constant channel little is left.
+        variance = (values - mean).square().mean((2, 3))
+        parts += [mean.flatten(1), deviation(variance)]
     return torch.cat(parts, 1)
 
 

@@ -306,3 +306,10 @@ def test_a_network_without_a_readout_or_of_another_kind_is_an_error(
     assert '`train: copies` must be in (0, 1]' in train(tmp_path, store, options)
     del options['network']['stage_readout']
     assert 'needs `network: stage_readout`' in train(tmp_path, store, options)
+
+
+def test_a_nearly_constant_channel_keeps_its_deviation() -> None:
+    """Its square less the square of its mean would be noise of float32."""
+    maps = 2 + 1e-3 * torch.randn(1, 4, 96, 96, generator=torch.Generator())
+    found, exact = (statistics([one])[0, 4:] for one in (maps, maps.double()))
+    assert torch.allclose(found.double(), exact, rtol=1e-4)

@@ -104,7 +104,7 @@ def _embeddings(means: Tensor, backend: TorchBackend) -> Tensor:
     parts = means.split([encoder.embed_dim, *(c for c in stages for _ in '12')], 1)
     found = []
     for mean, square in zip(parts[1::2], parts[2::2], strict=True):
-        found += [mean, deviation(mean, square)]
+        found += [mean, deviation(square - mean * mean)]
     return parts[0] + encoder.readout.of_statistics(torch.cat(found, 1))
 
 
