@@ -24,7 +24,7 @@ TINY = 1e-6
 
 
 def deviation(variance: Tensor) -> Tensor:
-    """Its root, of the same shape."""
+    """Standard deviation, of the same shape; below 0 a variance counts as 0."""
     return variance.clamp(min=0).add(TINY).sqrt()
 
 

@@ -61,8 +61,8 @@ class Part(NamedTuple):
         own: share of the images in which a stage gets what the student's own stage
             before gave, and not the teacher's: at the begin, and from the middle on.
             Those before the part's first stage run, but don't learn.
-        weights: loss -> its weight, 1 if not named. Losses are those of the strides
-            and, of the last one, `hint` (its map), `cells`, `embedding` and `score`.
+        weights: loss -> its weight, 1 if not named. Losses are those of `stages`; of 32
+            they are `hint` (its map), `cells`, `embedding` and `score`.
     """
 
     stages: Sequence[int]
@@ -326,7 +326,10 @@ class Training:
         own: float,
         draw: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Squared distances in variances of the target: 1 is that of a constant."""
+        """Squared distances in variances of the target: 1 is that of a constant.
+
+        Of spare channels they come on top, with the weight `SPARE`.
+        """
         with torch.no_grad():
             theirs, features = self._teachers_maps(images, strides[-1])
         losses: dict[str, Tensor] = {}
@@ -448,8 +451,11 @@ def part_of(options: Any, largest: int) -> Part:
             f'{", ".join(Part._field_defaults)}; got {options!r}.'
         )
     part = Part(**options)
+    if isinstance(part.weights, dict):
+        part = part._replace(weights={str(k): v for k, v in part.weights.items()})
     stages = list(part.stages)
-    losses = [*map(str, STRIDES[:-1]), 'hint', 'cells', 'embedding', 'score']
+    losses = [str(stride) for stride in stages if stride != LAST]
+    losses += ['hint', 'cells', 'embedding', 'score'] if LAST in stages else []
     first = STRIDES.index(stages[0]) if stages and stages[0] in STRIDES else 0
     allowed = {
         'stages': (
@@ -467,10 +473,13 @@ def part_of(options: Any, largest: int) -> Part:
         'copies': ('0 to `photographs`', 0 <= part.copies <= part.photographs),
         'mixed': ('at least 0', part.mixed >= 0),
         'weights': (
-            f'numbers of at least 0 for {", ".join(losses)}',
+            f'numbers of at least 0 for losses of this part ({", ".join(losses)})',
             isinstance(part.weights, dict)
             and set(part.weights) <= set(losses)
-            and all(weight >= 0 for weight in part.weights.values()),
+            and all(
+                isinstance(weight, (int, float)) and weight >= 0
+                for weight in part.weights.values()
+            ),
         ),
         'own': (
             'two shares in [0, 1]',

@@ -150,7 +150,7 @@ def test_a_loss_without_weight_teaches_nothing(
     store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(taught)
-    part = {'stages': [4, 8], 'steps': 2, 'weights': {'8': 0}}
+    part = {'stages': [4, 8], 'steps': 2, 'weights': {8: 0}}
     options = student_of(part)
     options['train']['optim'] = {'weight_decay': 0}
     arrays = scripts('resident_views').Store([store], torch.device('cpu'))
@@ -206,8 +206,10 @@ def test_batches_grow_in_size_and_shrink_in_number(scripts: Any) -> None:
         ({'copies': 7}, 'copies` must be 0 to `photographs`, but got 7'),
         ({'mixed': -1}, 'mixed` must be at least 0'),
         ({'own': [0, 2]}, r'own` must be two shares in \[0, 1\], but got \[0, 2\]'),
-        ({'weights': {'4': -1}}, 'weights` must be numbers of at least 0 for 4, 8, 16'),
-        ({'weights': {'32': 1}}, r"hint, cells, embedding, score, but got .'32': 1"),
+        ({'weights': {4: -1}}, r'weights` must be numbers of at least 0 .* \(4\)'),
+        ({'weights': {'4': 'a'}}, 'weights` must be numbers'),
+        ({'weights': {'hint': 1}}, r"losses of this part \(4\), but got {'hint': 1}"),
+        ({'weights': [1]}, 'weights` must be numbers'),
         ({'step': 3}, 'parts` must each have stages, sizes, steps, lr, photographs'),
     ],
 )
