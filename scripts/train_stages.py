@@ -442,10 +442,9 @@ def part_of(options: Any, largest: int) -> Part:
     Raises:
         ValueError: if a word is missing, unknown or has a value that isn't allowed.
     """
-    needed = set(Part._fields) - set(Part._field_defaults)
+    words = [name for name in Part._fields if name not in Part._field_defaults]
     given = set(options) if isinstance(options, dict) else set()
-    if needed - given or given - set(Part._fields):
-        words = [name for name in Part._fields if name in needed]
+    if set(words) - given or given - set(Part._fields):
         raise ValueError(
             f'`train: parts` must each have {", ".join(words)}, and may have '
             f'{", ".join(Part._field_defaults)}; got {options!r}.'
@@ -486,10 +485,10 @@ def part_of(options: Any, largest: int) -> Part:
             len(part.own) == 2 and all(0 <= share <= 1 for share in part.own),
         ),
     }
-    for word, (values, fits) in allowed.items():
+    for word, (needed, fits) in allowed.items():
         if not fits:
             raise ValueError(
-                f'`train: parts: {word}` must be {values}, but got '
+                f'`train: parts: {word}` must be {needed}, but got '
                 f'{getattr(part, word)!r}.'
             )
     return part

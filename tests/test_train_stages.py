@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,17 @@ def taught(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def training_of(
+    store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[dict[str, Any]], Any]:
+    """Options -> a training in this process, not begun."""
+    monkeypatch.chdir(taught)
+    device = torch.device('cpu')
+    arrays = scripts('resident_views').Store([store], device)
+    return lambda options: scripts('train_stages').Training(options, arrays, device)
+
+
 def history_of(folder: Path) -> list[dict[str, Any]]:
     record = json.loads((folder / 'experiments/student/run.json').read_text())
     history: list[dict[str, Any]] = record['history']
@@ -121,15 +133,11 @@ def test_stages_learn_and_a_rerun_repeats_only_what_has_changed(
 
 
 def test_targets_are_the_teacher_s_channels_where_the_student_can_reach_them(
-    store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
+    scripts: Any, training_of: Callable[[dict[str, Any]], Any]
 ) -> None:
     """Normalized, above 0 for an activation, and constant in the channels to spare."""
-    monkeypatch.chdir(taught)
-    script = scripts('train_stages')
-    arrays = scripts('resident_views').Store([store], torch.device('cpu'))
-    training = script.Training(
-        student_of({'stages': [4], 'steps': 1}), arrays, torch.device('cpu')
-    )
+    active = scripts('train_stages').ACTIVE
+    training = training_of(student_of({'stages': [4], 'steps': 1}))
     training.views = training._views(0)
     training._measure()
     training._move_up()
@@ -140,21 +148,19 @@ def test_targets_are_the_teacher_s_channels_where_the_student_can_reach_them(
         target = training._target(maps[stride], stride)
         used = maps[stride].shape[1]
         assert target.shape[1] == training.mine.channels[stride]
-        assert (target[:, used:] == script.ACTIVE).all()
+        assert (target[:, used:] == active).all()
         deviation, mean = torch.std_mean(target[:, :used], (0, 2, 3))
-        assert torch.allclose(mean, torch.tensor(script.ACTIVE), atol=0.4)
+        assert torch.allclose(mean, torch.tensor(active), atol=0.4)
         assert 0.7 < float(deviation.mean()) < 1.3
 
 
 def test_a_loss_without_weight_teaches_nothing(
-    store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
+    training_of: Callable[[dict[str, Any]], Any],
 ) -> None:
-    monkeypatch.chdir(taught)
     part = {'stages': [4, 8], 'steps': 2, 'weights': {8: 0}}
     options = student_of(part)
     options['train']['optim'] = {'weight_decay': 0}
-    arrays = scripts('resident_views').Store([store], torch.device('cpu'))
-    training = scripts('train_stages').Training(options, arrays, torch.device('cpu'))
+    training = training_of(options)
     before = copy.deepcopy(training.mine.parts)
     training.run()
     for place, learns in ((0, True), (1, False)):
@@ -168,14 +174,11 @@ def test_a_loss_without_weight_teaches_nothing(
 
 
 def test_no_block_is_left_out_while_stages_learn(
-    store: Path, taught: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
+    training_of: Callable[[dict[str, Any]], Any],
 ) -> None:
     """timm's Swin leaves out one in ten by default."""
-    monkeypatch.chdir(taught)
     network = {'type': 'CLIPKDStudent', 'encoder': 'swin', 'input_size': SIDE}
-    options = student_of({'stages': [16], 'steps': 1}, network=network)
-    arrays = scripts('resident_views').Store([store], torch.device('cpu'))
-    training = scripts('train_stages').Training(options, arrays, torch.device('cpu'))
+    training = training_of(student_of({'stages': [16], 'steps': 1}, network=network))
     training.mine.train()
     maps = torch.rand(4, training.mine.channels[8], 7, 7)
     first = training.mine.run(16, maps)
