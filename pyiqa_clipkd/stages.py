@@ -76,6 +76,12 @@ class StageReadout(nn.Module):
         """Of the maps of all stages those that it looks at."""
         return maps[-len(self.channels) :]
 
+    def usual_means(self) -> list[Tensor]:
+        """Of each stage that it looks at what its channels are on average, (C_i)."""
+        statistics: Any = self.norm.running_mean
+        parts = statistics.split([count for count in self.channels for _ in '12'])
+        return list(parts[::2])
+
     def of_statistics(self, features: Tensor) -> Tensor:
         """`statistics` of maps, (N, 2 * sum of C_i) -> (N, D), in float32 at least."""
         features, full_precision = in_full_precision(features)

@@ -100,12 +100,15 @@ def _embeddings(means: Tensor, backend: TorchBackend) -> Tensor:
     encoder: Any = backend.network.encoder
     if encoder.readout is None:
         return means
-    stages = encoder.readout.channels
-    parts = means.split([encoder.embed_dim, *(c for c in stages for _ in '12')], 1)
+    readout = encoder.readout
+    counts = (count for count in readout.channels for _ in '12')
+    parts = means.split([encoder.embed_dim, *counts], 1)
     found = []
-    for mean, square in zip(parts[1::2], parts[2::2], strict=True):
-        found += [mean, deviation(square - mean * mean)]
-    return parts[0] + encoder.readout.of_statistics(torch.cat(found, 1))
+    for usual, mean, square in zip(
+        readout.usual_means(), parts[1::2], parts[2::2], strict=True
+    ):
+        found += [mean + usual, deviation(square - mean * mean)]
+    return parts[0] + readout.of_statistics(torch.cat(found, 1))
 
 
 def _cells(
@@ -157,8 +160,9 @@ def _look(backend: TorchBackend, pixels: Tensor) -> Tensor:
     """(1, 3, H, W) in [0, 1] -> (C, rows, columns), C numbers of each cell.
 
     These are embeddings (the projection is linear: that of a mean is the mean of those
-    here), and for a readout of the stages the mean of each of their channels and of its
-    square.
+    here), and for a readout of the stages, of each of their channels and its square,
+    the mean. Channels are seen from their usual mean: of a nearly constant one, that
+    lies far from 0, the square would tell nothing in float32.
     """
     network = backend.network
     encoder: Any = network.encoder
@@ -171,7 +175,14 @@ def _look(backend: TorchBackend, pixels: Tensor) -> Tensor:
             maps = []
         else:
             features, maps = encoder.backbone.forward_intermediates(pixels)
-            maps = encoder.readout.seen(maps)
+            maps = [
+                values - usual[:, None, None]
+                for values, usual in zip(
+                    encoder.readout.seen(maps),
+                    encoder.readout.usual_means(),
+                    strict=True,
+                )
+            ]
         embeddings = encoder.projection(features[0].movedim(0, -1)).movedim(-1, 0)
         shape = embeddings.shape[-2:]
         parts = [embeddings]
