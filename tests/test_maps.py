@@ -236,13 +236,15 @@ def test_one_look_at_all_of_a_photograph_is_the_network_s_score(name: str) -> No
     assert quality.scores[0, 0] == pytest.approx(quality.score, abs=1e-5)
 
 
+@pytest.mark.parametrize('name', ['resnet18', 'efficientnet_lite'])
 def test_tiles_of_a_large_photograph_leave_no_seams(
-    coarse_backend: TorchBackend, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    backend = TorchBackend(f'clipkd_{name}')
     options = {'window': 64, 'stride': 32}
-    whole = quality_map(COFFEE, coarse_backend, coarse=True, **options)
+    whole = quality_map(COFFEE, backend, coarse=True, **options)
     monkeypatch.setattr(coarse_module, 'TILE', 256)
-    tiled = quality_map(COFFEE, coarse_backend, coarse=True, **options)
+    tiled = quality_map(COFFEE, backend, coarse=True, **options)
     difference = np.abs(whole.scores - tiled.scores)
     assert difference.max() < 0.1
     assert np.median(difference) < 0.01

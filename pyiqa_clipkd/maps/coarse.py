@@ -20,7 +20,7 @@ from pyiqa_clipkd.stages import deviation
 
 # Large photographs are seen in tiles, for the memory that the first layers take, with
 # so many pixels more on each side, so that no seams show. Multiples of every cell.
-TILE, MARGIN = 1024, 128
+TILE, MARGIN = 1024, 192
 
 # Windows that are scored at once.
 WINDOWS = 4096
