@@ -31,8 +31,9 @@ from tqdm import tqdm
 from pyiqa_clipkd.degradations import ALL_DISTORTIONS, degrade
 from pyiqa_clipkd.experiment import recorded_command, recorded_commit
 from pyiqa_clipkd.images import read_photograph
-from pyiqa_clipkd.maps import MAP_METRIC, QualityMap, quality_map
+from pyiqa_clipkd.maps import QualityMap, quality_map
 from pyiqa_clipkd.maps.windows import Box
+from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.scoring.backends import Backend, create_backend
 from pyiqa_clipkd.scoring.files import find_photographs
 
@@ -137,7 +138,7 @@ def measure(args: argparse.Namespace, backend: Backend) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add('metric', nargs='?', default=MAP_METRIC)
+    add('metric', nargs='?', default=DEFAULT_METRIC)
     add('--images', type=Path, required=True, help='folder')
     add('--csv', type=Path, help='file names and human scores')
     add('--column', default='ratio802_seed123_split_01', help='of the split')

@@ -18,10 +18,11 @@ from scoring_data import photograph
 from pyiqa_clipkd.command import main
 from pyiqa_clipkd.degradations import degrade
 from pyiqa_clipkd.images import UnreadableError
-from pyiqa_clipkd.maps import MAP_METRIC, QualityMap, overlay, quality_map
+from pyiqa_clipkd.maps import QualityMap, overlay, quality_map
 from pyiqa_clipkd.maps import coarse as coarse_module
 from pyiqa_clipkd.maps.pictures import RAMP, colour_range
 from pyiqa_clipkd.maps.windows import ENOUGH_WINDOWS, starts, view
+from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.runtime import Runtime
 from pyiqa_clipkd.scoring.backends import TorchBackend
 
@@ -64,7 +65,7 @@ def with_damaged_quadrant(image: Image.Image, kind: str) -> Image.Image:
 
 @pytest.fixture(scope='module')
 def coarse_backend() -> TorchBackend:
-    return TorchBackend(MAP_METRIC)
+    return TorchBackend(DEFAULT_METRIC)
 
 
 # --- windows --------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_a_damaged_quadrant_of_a_photograph_is_found(kind: str) -> None:
 
 
 def test_the_score_of_the_whole_is_the_usual_one() -> None:
-    runtime = Runtime(MAP_METRIC, threads=1)
+    runtime = Runtime(DEFAULT_METRIC, threads=1)
     quality = quality_map(COFFEE, runtime, window=400, stride=400)
     assert quality.scores.shape == (1, 2)
     assert quality.score == pytest.approx(runtime.score(COFFEE).score, abs=1e-6)
@@ -219,7 +220,7 @@ def test_one_look_finds_the_damaged_quadrant(coarse_backend: TorchBackend) -> No
 def test_one_look_covers_photographs_of_every_size(
     coarse_backend: TorchBackend,
 ) -> None:
-    runtime = Runtime(MAP_METRIC, threads=1)
+    runtime = Runtime(DEFAULT_METRIC, threads=1)
     for size in ((75, 130), (20, 20), (1, 1)):
         image = photograph(2).crop((0, 0, *size))
         quality = quality_map(image, coarse_backend, window=64, coarse=True)
@@ -227,7 +228,7 @@ def test_one_look_covers_photographs_of_every_size(
         assert quality.score == pytest.approx(runtime.score(image).score, abs=1e-3)
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'mobilevit'])
+@pytest.mark.parametrize('name', ['efficientnet_lite', 'resnet18', 'mobilevit'])
 def test_one_look_at_all_of_a_photograph_is_the_network_s_score(name: str) -> None:
     backend = TorchBackend(f'clipkd_{name}')
     image = photograph(0).crop((0, 0, 384, 384))
@@ -256,7 +257,7 @@ def test_an_encoder_without_such_a_map_is_refused() -> None:
         quality_map(COFFEE, backend, coarse=True)
 
 
-@pytest.mark.parametrize('name', ['efficientnet_lite', 'efficientnet', 'mobilevit'])
+@pytest.mark.parametrize('name', ['resnet18', 'efficientnet', 'mobilevit'])
 def test_other_convolutional_encoders_look_once_too(name: str) -> None:
     image = photograph(1).crop((0, 0, 160, 130))
     quality = quality_map(image, TorchBackend(f'clipkd_{name}'), coarse=True)
@@ -362,7 +363,7 @@ def test_a_picture_and_an_array_are_written(
     worst = rows[int(scores.argmin())]
     shown = capsys.readouterr().out.splitlines()[0]
     assert shown.startswith(f'{COFFEE}: score ')
-    assert f'by {MAP_METRIC}; worst of 6 windows: {scores.min():.2f}' in shown
+    assert f'by {DEFAULT_METRIC}; worst of 6 windows: {scores.min():.2f}' in shown
     assert shown.endswith(f'left {worst["left"]}, top {worst["top"]}')
 
 

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from pyiqa_clipkd.maps.pictures import overlay
     from pyiqa_clipkd.maps.windows import QualityMap, Window, quality_map
 
-__all__ = ['MAP_METRIC', 'QualityMap', 'Window', 'overlay', 'quality_map']
-
-# Where none is named: trained on parts of photographs at their own resolution, it finds
-# damage better than the default for scores, which content moves further than damage.
-MAP_METRIC = 'clipkd_resnet18'
+__all__ = ['QualityMap', 'Window', 'overlay', 'quality_map']
 
 _MODULES = {
     'QualityMap': 'windows',

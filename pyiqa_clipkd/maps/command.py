@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from pyiqa_clipkd.command import FINE, UNREADABLE
 from pyiqa_clipkd.description import ONNX
 from pyiqa_clipkd.files import written_whole
-from pyiqa_clipkd.maps import MAP_METRIC
+from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.scale import level_of
 from pyiqa_clipkd.scoring.pillow import check_megapixels, most_pixels, prepare_pillow
 from pyiqa_clipkd.scoring.printing import printable
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--coarse', action='store_true', help=help_text)
     network = parser.add_argument_group('how it is scored')
     add = network.add_argument
-    help_text = f'default: {MAP_METRIC}, or that of an .onnx file'
+    help_text = f'default: {DEFAULT_METRIC}, or that of an .onnx file'
     add('-m', '--metric', help=help_text)
     add('--device', choices=('auto', 'cpu', 'cuda', 'mps'), default='auto')
     add('--backend', choices=('auto', 'torch', 'onnx'), default='auto')
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     outputs = _outputs(arguments, paths)
     metric, weights = arguments.metric, arguments.weights
     if weights is None or weights.suffix.lower() != ONNX:  # such a file has a name
-        metric = metric or MAP_METRIC
+        metric = metric or DEFAULT_METRIC
     backend = create_backend(
         metric,
         kind='torch' if arguments.coarse else arguments.backend,

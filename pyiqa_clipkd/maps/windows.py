@@ -12,7 +12,7 @@ from PIL import Image
 
 from pyiqa_clipkd.description import ONNX
 from pyiqa_clipkd.images import BYTE, squares, upright
-from pyiqa_clipkd.maps import MAP_METRIC
+from pyiqa_clipkd.names import DEFAULT_METRIC
 from pyiqa_clipkd.scoring.backends import Backend, create_backend
 from pyiqa_clipkd.scoring.core import default_workers, finite
 from pyiqa_clipkd.scoring.reading import in_order
@@ -104,7 +104,7 @@ class QualityMap:
 
 def quality_map(
     source: Source,
-    model: str | Path | Backend = MAP_METRIC,
+    model: str | Path | Backend = DEFAULT_METRIC,
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -116,8 +116,7 @@ def quality_map(
     Args:
         source: a path, an open binary file, or an image of Pillow.
         model: name of a metric, path of an .onnx file that takes squares, or what
-            `create_backend` or `Runtime` gives, for several photographs. The default
-            is another one than for scores: it finds damage better.
+            `create_backend` or `Runtime` gives, for several photographs.
         window: side of the windows in pixels, at most the photograph's shorter side; by
             default 3/8 of that, from 128 pixels to what the network takes. Windows
             above what the network takes are reduced to it.
