@@ -5,8 +5,9 @@ blue, gamma, contrast, saturation and sharpness, each within limits. That brings
 photograph back, and then goes on, too colourful and too sharp, to scores above those
 of the undamaged one. With `--free-pixels` every pixel may change. That fools the
 metric: its score goes to the top, and nothing looks better. The score of another metric
-(`--judge`), which took no part, and the likeness to the undamaged photograph
-(`--reference`, or `--damage`, which damages the photograph first) show it.
+(`--judge`, best one of your own: the bundled students have learned from each other) and
+the likeness to the undamaged photograph (`--reference`, or `--damage`, which damages
+the photograph first) show it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pyiqa_clipkd.scoring.reading import in_order
 from pyiqa_clipkd.stages import deviation
 
 # Large photographs are seen in tiles, for the memory that the first layers take, with
-# so many pixels more on each side, so that no seams show. Multiples of every cell.
+# so many pixels more on each side, so that no seams show. Multiples of the usual cells.
 TILE, MARGIN = 1024, 192
 
 # Windows that are scored at once.
