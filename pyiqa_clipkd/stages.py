@@ -78,9 +78,13 @@ class StageReadout(nn.Module):
 
     def usual_means(self) -> list[Tensor]:
         """Of each stage that it looks at what its channels are on average, (C_i)."""
-        statistics: Any = self.norm.running_mean
-        parts = statistics.split([count for count in self.channels for _ in '12'])
-        return list(parts[::2])
+        usual: Any = self.norm.running_mean
+        return self.parts(usual)[::2]
+
+    def parts(self, features: Tensor) -> list[Tensor]:
+        """`statistics`, (..., 2 * sum of C_i) -> two (..., C_i) of each stage."""
+        counts = [count for count in self.channels for _ in '12']
+        return list(features.split(counts, -1))
 
     def of_statistics(self, features: Tensor) -> Tensor:
         """`statistics` of maps, (N, 2 * sum of C_i) -> (N, D), in float32 at least."""

@@ -101,14 +101,14 @@ def _embeddings(means: Tensor, backend: TorchBackend) -> Tensor:
     if encoder.readout is None:
         return means
     readout = encoder.readout
-    counts = (count for count in readout.channels for _ in '12')
-    parts = means.split([encoder.embed_dim, *counts], 1)
+    embeddings, moments = means.tensor_split([encoder.embed_dim], 1)
+    parts = readout.parts(moments)
     found = []
     for usual, mean, square in zip(
-        readout.usual_means(), parts[1::2], parts[2::2], strict=True
+        readout.usual_means(), parts[::2], parts[1::2], strict=True
     ):
         found += [mean + usual, deviation(square - mean * mean)]
-    return parts[0] + readout.of_statistics(torch.cat(found, 1))
+    return embeddings + readout.of_statistics(torch.cat(found, 1))
 
 
 def _cells(
