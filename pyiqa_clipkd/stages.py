@@ -22,6 +22,13 @@ STAGES = 4
 # Of the variance of a channel, whose root has no gradient at 0.
 TINY = 1e-6
 
+# Statistics that vary less over photographs than this share of what is usual in their
+# stage say nothing: what a distilled stage has more channels than its teacher for.
+NEARLY_CONSTANT = 0.05
+
+# The variance that makes a readout blind to a statistic.
+UNSEEN = 1e6
+
 
 def deviation(variance: Tensor) -> Tensor:
     """Standard deviation, of the same shape; below 0 a variance counts as 0."""
@@ -80,6 +87,17 @@ class StageReadout(nn.Module):
         """Of each stage that it looks at what its channels are on average, (C_i)."""
         usual: Any = self.norm.running_mean
         return self.parts(usual)[::2]
+
+    @torch.no_grad()
+    def overlook_constant(self) -> None:
+        """Don't see what is nearly the same in all photographs from now on.
+
+        Normalized, it is the noise of a number's format, which is loud with eight bits.
+        """
+        variances: Any = self.norm.running_var
+        for variance in self.parts(variances):
+            usual = variance[variance < UNSEEN].mean()
+            variance[variance < NEARLY_CONSTANT**2 * usual] = UNSEEN
 
     def parts(self, features: Tensor) -> list[Tensor]:
         """`statistics`, (..., 2 * sum of C_i) -> two (..., C_i) of each stage."""

@@ -110,6 +110,7 @@ class Training:
         start = time.time()
         history = self.learn(photographs, copies)
         self.keep(self.train['keep'])
+        self.net.encoder.readout.overlook_constant()
         history.append({'epoch': 'end', **self.validate(photographs)})
         return {
             'name': self.options['name'],

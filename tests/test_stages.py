@@ -102,6 +102,30 @@ def test_damage_that_the_last_features_do_not_know_is_learned() -> None:
     assert loss < 0.1
 
 
+def test_what_is_the_same_in_all_photographs_is_not_seen() -> None:
+    """Else the noise of half precision or of eight bits would be read as a finding."""
+    readout = StageReadout([4], width=16, embed_dim=3)
+    nn.init.normal_(readout.last.weight)
+    photographs = torch.randn(50, 4, 6, 6) * torch.rand(50, 4, 1, 1)
+    photographs[:, 1] = 2 + 1e-4 * photographs[:, 1]
+    seen = statistics([photographs])
+    readout.norm.load_state_dict(
+        {'running_mean': seen.mean(0), 'running_var': seen.var(0)}, strict=False
+    )
+    readout.eval()
+    noisy = photographs.clone()
+    noisy[:, 1] += 0.01 * torch.randn(50, 6, 6)
+    moved = (readout([noisy]) - readout([photographs])).abs().mean()
+    before = readout([photographs])
+    for _ in range(2):  # the second time changes nothing
+        readout.overlook_constant()
+    after = readout([photographs])
+    assert (readout([noisy]) - after).abs().max() < 1e-3 < 0.3 < moved
+    photographs[:, 0] *= 2
+    assert (readout([photographs]) - after).abs().mean() > 0.1
+    assert (before - after).abs().mean() < 1
+
+
 def test_one_photograph_can_be_trained_on(student: CLIPKDStudent) -> None:
     readout_of(student).train()
     assert student.encoder.readout is not None

@@ -42,6 +42,9 @@ PRECISIONS = ('float32', 'float16', 'int8')
 # Photographs that set the ranges of eight-bit values. They are not measured on.
 CALIBRATION = 32
 
+# Pixels a cell, at most, of the layers that may stay in float with `int8`.
+EARLY = 8
+
 
 class _Source(NamedTuple):
     network: QualityNetwork
@@ -128,10 +131,18 @@ def export(
         if precision == 'int8':
             files = photographs or check_photographs()
             inputs = [model_input(file, description) for file in files[:CALIBRATION]]
-            quantize(model, inputs, partial)
+            quantize(model, inputs, partial, _early(source.network))
         else:
             partial.write_bytes(without_traces(model).SerializeToString())
     return path
+
+
+def _early(network: QualityNetwork) -> str:
+    """The last module with cells of at most `EARLY` pixels; '' if it isn't told."""
+    backbone = getattr(network.encoder, 'backbone', None)
+    stages = getattr(backbone, 'feature_info', None) or ()
+    modules = [one['module'] for one in stages if one['reduction'] <= EARLY]
+    return f'encoder.backbone.{modules[-1]}' if modules else ''
 
 
 def _check_arguments(path: Path, form: str, precision: str) -> None:
