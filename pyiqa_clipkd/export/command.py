@@ -20,9 +20,10 @@ from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import DEFAULT_METRIC
 
 # What a score may move by, in points, before the command calls the export a failure.
-# Eight bits have no such bound: the loss is told, and what is much of it (median).
+# Eight bits have no such bound: the loss is told, and what is much of it (median), that
+# is more than a change that nobody sees may move a score by.
 LIMITS = {'float32': 0.005, 'float16': 0.02}
-MUCH = 0.01
+MUCH = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
