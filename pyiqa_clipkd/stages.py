@@ -22,12 +22,10 @@ STAGES = 4
 # Of the variance of a channel, whose root has no gradient at 0.
 TINY = 1e-6
 
-# Statistics that vary less over photographs than this share of what is usual in their
-# stage say nothing: what a distilled stage has more channels than its teacher for.
+# Means, or deviations, that vary less over photographs than this share of what is usual
+# for those of their stage say nothing: a distilled stage with more channels than its
+# teacher's may keep the others constant.
 NEARLY_CONSTANT = 0.05
-
-# The variance that makes a readout blind to a statistic.
-UNSEEN = 1e6
 
 
 def deviation(variance: Tensor) -> Tensor:
@@ -90,14 +88,16 @@ class StageReadout(nn.Module):
 
     @torch.no_grad()
     def overlook_constant(self) -> None:
-        """Don't see what is nearly the same in all photographs from now on.
+        """Take no notice of statistics that are nearly the same in all photographs.
 
-        Normalized, it is the noise of a number's format, which is loud with eight bits.
+        Normalized, they are the rounding errors of a number's format, which are loud
+        with eight bits.
         """
         variances: Any = self.norm.running_var
-        for variance in self.parts(variances):
-            usual = variance[variance < UNSEEN].mean()
-            variance[variance < NEARLY_CONSTANT**2 * usual] = UNSEEN
+        constant = [
+            part <= NEARLY_CONSTANT**2 * part.mean() for part in self.parts(variances)
+        ]
+        self.hidden.weight[:, torch.cat(constant)] = 0
 
     def parts(self, features: Tensor) -> list[Tensor]:
         """`statistics`, (..., 2 * sum of C_i) -> two (..., C_i) of each stage."""

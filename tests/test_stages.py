@@ -117,8 +117,10 @@ def test_what_is_the_same_in_all_photographs_is_not_seen() -> None:
     noisy[:, 1] += 0.01 * torch.randn(50, 6, 6)
     moved = (readout([noisy]) - readout([photographs])).abs().mean()
     before = readout([photographs])
-    for _ in range(2):  # the second time changes nothing
-        readout.overlook_constant()
+    readout.overlook_constant()
+    once = readout.hidden.weight.clone()
+    readout.overlook_constant()
+    assert torch.equal(readout.hidden.weight, once)
     after = readout([photographs])
     assert (readout([noisy]) - after).abs().max() < 1e-3 < 0.3 < moved
     photographs[:, 0] *= 2
@@ -225,6 +227,10 @@ def test_an_encoder_that_tells_no_stages_is_an_error(
 
 train = partial(train_resident, script='train_readout.py')
 
+# A channel of the last stage; that has 64, of one cell each, and 104 are before it.
+LAST_NORM, CONSTANT = 'encoder.backbone.blocks.4.0.bn3', 5
+OVERLOOKED = [2 * 104 + CONSTANT, *range(2 * 104 + 64, 2 * 104 + 128)]
+
 
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
@@ -232,6 +238,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
     network = {'type': 'CLIPKDStudent', 'encoder': ENCODER, 'input_size': SIDE}
     for name in ('start', 'teacher'):
         plain = build_from_config(network)
+        plain.state_dict()[f'{LAST_NORM}.weight'][CONSTANT] = 0
         torch.save({'params': plain.state_dict()}, tmp_path / f'{name}_00.pth')
     return {
         'name': 'stages',
@@ -272,6 +279,8 @@ def test_readout_and_projection_learn_and_the_encoder_stays(
     }
     assert {'encoder.projection.weight', 'encoder.readout.last.weight'} <= changed
     assert not any(name.startswith('encoder.backbone') for name in changed)
+    overlooked = (readout_of(network).hidden.weight == 0).all(0).nonzero()[:, 0]
+    assert overlooked.tolist() == OVERLOOKED
     # What was learned from kept features is what the network says of the pixels.
     pixels = torch.from_numpy(np.load(store / 'photographs.npy'))
     held_out = pixels[~np.load(store / 'train.npy')].permute(0, 3, 1, 2).float() / 255

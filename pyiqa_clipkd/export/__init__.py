@@ -42,8 +42,8 @@ PRECISIONS = ('float32', 'float16', 'int8')
 # Photographs that set the ranges of eight-bit values. They are not measured on.
 CALIBRATION = 32
 
-# Pixels a cell, at most, of the layers that may stay in float with `int8`.
-EARLY = 8
+# Pixels a cell, at most, of the stages that may stay in float with `int8`.
+EARLY_STRIDE = 8
 
 
 class _Source(NamedTuple):
@@ -137,12 +137,15 @@ def export(
     return path
 
 
-def _early(network: QualityNetwork) -> str:
-    """The last module with cells of at most `EARLY` pixels; '' if it isn't told."""
+def _early(network: QualityNetwork) -> list[str]:
+    """The stages with cells of at most `EARLY_STRIDE` pixels, if the encoder tells."""
     backbone = getattr(network.encoder, 'backbone', None)
     stages = getattr(backbone, 'feature_info', None) or ()
-    modules = [one['module'] for one in stages if one['reduction'] <= EARLY]
-    return f'encoder.backbone.{modules[-1]}' if modules else ''
+    return [
+        f'encoder.backbone.{stage["module"]}'
+        for stage in stages
+        if stage['reduction'] <= EARLY_STRIDE
+    ]
 
 
 def _check_arguments(path: Path, form: str, precision: str) -> None:

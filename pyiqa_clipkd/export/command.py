@@ -23,7 +23,7 @@ from pyiqa_clipkd.names import DEFAULT_METRIC
 # Eight bits have no such bound: the loss is told, and what is much of it (median), that
 # is more than a change that nobody sees may move a score by.
 LIMITS = {'float32': 0.005, 'float16': 0.02}
-MUCH = 0.02
+MUCH_LOSS = 0.02
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f'pyiqa-clipkd export: error: {error}', file=sys.stderr)
         return 2
     print(f'Against eager torch, {measured}.')
-    if arguments.precision == 'int8' and measured.median > MUCH:
+    if arguments.precision == 'int8' and measured.median > MUCH_LOSS:
         print('Eight bits cost this network a lot; float16 costs it next to nothing.')
     limit = LIMITS.get(arguments.precision)
     if limit is not None and measured.maximum > limit:

@@ -168,22 +168,22 @@ def quantize(
     model: onnx.ModelProto,
     calibration: Sequence[np.ndarray],
     path: Path,
-    early: str = '',
+    early: Sequence[str] = (),
 ) -> None:
     """Write the model with eight-bit weights and eight-bit values between layers.
 
     By onnxruntime's static quantization: one scale an output channel for weights, the
-    range seen in calibration for values. The first convolution, depthwise ones and the
-    head stay in float: with them EfficientNet-Lite0 would lose eight times as much.
-    Beside depthwise convolutions the early layers stay, too: in eight bits they would
-    take longer, for all values change their format time and again, and move the score
-    of an EfficientNet-Lite0 three times, of a B0 nine times as far.
+    range seen in calibration for values. The first convolution, those in groups (most
+    are depthwise) and what is near the score stay in float. In networks with groups all
+    before the end of the early stages stays, too: in eight bits it would take longer,
+    for all values change their format time and again, and move the score of an
+    EfficientNet-Lite0 three times, of a B0 nine times as far.
 
     Args:
         model: of `to_onnx`, with its traces.
         calibration: inputs of the model, each a batch.
         path: where to.
-        early: the last module of the early layers, as the network calls it; none: ''.
+        early: the early stages, as the network calls them.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -232,19 +232,19 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
-def _kept_in_float(model: onnx.ModelProto, early: str) -> list[str]:
+def _kept_in_float(model: onnx.ModelProto, early: Sequence[str]) -> list[str]:
     """Names of the nodes of which eight bits would move the score most."""
     nodes = list(model.graph.node)
     convolutions = [node for node in nodes if node.op_type == 'Conv']
-    depthwise = [
+    in_groups = [
         node
         for node in convolutions
         if any(a.name == 'group' and a.i > 1 for a in node.attribute)
     ]
-    kept = [*convolutions[:1], *depthwise, *(n for n in nodes if _within(n, PRECISE))]
-    if depthwise and early:
-        ends = [place for place, n in enumerate(nodes) if _within(n, [early])]
-        kept += nodes[: ends[-1] + 1] if ends else []
+    kept = [*convolutions[:1], *in_groups, *(n for n in nodes if _within(n, PRECISE))]
+    ends = [place for place, n in enumerate(nodes, 1) if _within(n, early)]
+    if in_groups and ends:
+        kept += nodes[: ends[-1]]
     return [node.name for node in kept]
 
 
