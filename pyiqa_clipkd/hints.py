@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyiqa_clipkd.network import QualityNetwork
+from pyiqa_clipkd.stages import told_stages
 
 STRIDES = (4, 8, 16, 32)
 
@@ -38,10 +39,7 @@ class StageOutputs:
         self, network: QualityNetwork, strides: Sequence[int] = STRIDES
     ) -> None:
         backbone: Any = network.encoder.backbone
-        stages = {
-            info['reduction']: info
-            for info in getattr(backbone, 'feature_info', None) or ()
-        }
+        stages = {info['reduction']: info for info in told_stages(backbone)}
         if missing := [stride for stride in strides if stride not in stages]:
             raise ValueError(
                 f'`train: feature_hints` needs stages of the strides {list(strides)}, '

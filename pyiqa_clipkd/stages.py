@@ -127,13 +127,21 @@ def _like(features: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
     return layer.weight.to(features), layer.bias.to(features)
 
 
+def told_stages(backbone: Any) -> Sequence[dict[str, Any]]:
+    """What a timm network tells of each stage: `module`, `num_chs`, `reduction`.
+
+    Empty if it is another network, or tells nothing.
+    """
+    return getattr(backbone, 'feature_info', None) or ()
+
+
 def stage_channels(backbone: Any, encoder: str) -> list[int]:
     """Channels of the last `STAGES` stages of a timm network.
 
     Raises:
         ValueError: if it doesn't tell its stages.
     """
-    info = getattr(backbone, 'feature_info', None)
+    info = told_stages(backbone)
     if not info or not hasattr(backbone, 'forward_intermediates'):
         raise ValueError(
             f'`stage_readout` needs an encoder that tells its stages (timm: '

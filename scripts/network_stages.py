@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyiqa_clipkd.hints import STRIDES
+from pyiqa_clipkd.stages import told_stages
 
 # What comes after the features that a network gives.
 HEADS = ('global_pool', 'classifier', 'fc', 'head')
@@ -30,8 +31,7 @@ class Stages(nn.Module):
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
-        info = getattr(backbone, 'feature_info', None) or ()
-        ends = {one['reduction']: one for one in info}
+        ends = {one['reduction']: one for one in told_stages(backbone)}
         if missing := [stride for stride in STRIDES if stride not in ends]:
             raise ValueError(
                 f'train_stages.py needs stages of the strides {list(STRIDES)}, but '

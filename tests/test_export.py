@@ -140,8 +140,11 @@ def test_eight_bits_are_a_choice_with_a_measured_loss(
     command = [str(path), '-m', NAME, '--weights', str(weights), '--precision', 'int8']
     assert command_line(*command) == 0
     assert path.stat().st_size < 0.6 * model.stat().st_size
-    weights_of = {tensor.name for tensor in onnx.load(path).graph.initializer}
-    in_eight_bits = {name for name in weights_of if name.endswith('weight_quantized')}
+    graph = onnx.load(path).graph
+    kinds = {node.op_type for node in graph.node}
+    assert 'QuantizeLinear' in kinds
+    names = {tensor.name for tensor in graph.initializer}
+    in_eight_bits = {name for name in names if name.endswith('weight_quantized')}
     assert any('.blocks.3.' in name for name in in_eight_bits)
     # Those of the early stages, which bring no time and cost most, are in float.
     assert not any(f'.blocks.{k}.' in name for k in range(3) for name in in_eight_bits)

@@ -35,6 +35,7 @@ from pyiqa_clipkd.locations import attributes_file, find_weights, state_sum
 from pyiqa_clipkd.metric import CLIPKDMetric
 from pyiqa_clipkd.names import DEFAULT_METRIC, SUFFIX
 from pyiqa_clipkd.network import QualityNetwork
+from pyiqa_clipkd.stages import told_stages
 
 TORCH = '.pt2'
 PRECISIONS = ('float32', 'float16', 'int8')
@@ -139,11 +140,9 @@ def export(
 
 def _early(network: QualityNetwork) -> list[str]:
     """The stages with cells of at most `EARLY_STRIDE` pixels, if the encoder tells."""
-    backbone = getattr(network.encoder, 'backbone', None)
-    stages = getattr(backbone, 'feature_info', None) or ()
     return [
         f'encoder.backbone.{stage["module"]}'
-        for stage in stages
+        for stage in told_stages(getattr(network.encoder, 'backbone', None))
         if stage['reduction'] <= EARLY_STRIDE
     ]
 

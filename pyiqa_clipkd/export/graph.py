@@ -168,7 +168,7 @@ def quantize(
     model: onnx.ModelProto,
     calibration: Sequence[np.ndarray],
     path: Path,
-    early: Sequence[str] = (),
+    early: Sequence[str],
 ) -> None:
     """Write the model with eight-bit weights and eight-bit values between layers.
 
