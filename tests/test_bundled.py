@@ -36,7 +36,7 @@ LEAST_SRCC = {
     'clipkd_efficientnet': 0.8,
     'clipkd_mobilevit': 0.72,
     'clipkd_resnet18': 0.74,
-    'clipkd_swin': 0.71,
+    'clipkd_swin': 0.72,
 }
 STUDENTS = sorted(LEAST_SRCC)
 HELD_OUT = 250
