@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyiqa_clipkd.network import QualityNetwork
-from pyiqa_clipkd.stages import told_stages
+from pyiqa_clipkd.stages import stages_at
 
 STRIDES = (4, 8, 16, 32)
 
@@ -39,12 +39,8 @@ class StageOutputs:
         self, network: QualityNetwork, strides: Sequence[int] = STRIDES
     ) -> None:
         backbone: Any = network.encoder.backbone
-        stages = {info['reduction']: info for info in told_stages(backbone)}
-        if missing := [stride for stride in strides if stride not in stages]:
-            raise ValueError(
-                f'`train: feature_hints` needs stages of the strides {list(strides)}, '
-                f'but {network.config["encoder"]} has none of {missing}.'
-            )
+        encoder = network.config['encoder']
+        stages = stages_at(backbone, strides, '`train: feature_hints`', encoder)
         self._channels_last = getattr(backbone, 'output_fmt', 'NCHW') == 'NHWC'
         self.channels = {stride: stages[stride]['num_chs'] for stride in strides}
         self.maps: dict[int, Tensor] = {}

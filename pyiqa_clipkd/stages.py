@@ -135,6 +135,24 @@ def told_stages(backbone: Any) -> Sequence[dict[str, Any]]:
     return getattr(backbone, 'feature_info', None) or ()
 
 
+def stages_at(
+    backbone: Any, strides: Sequence[int], needed_by: str, encoder: str
+) -> dict[int, dict[str, Any]]:
+    """Stride in pixels -> what a timm network tells of its stage with such cells.
+
+    Raises:
+        ValueError: if it doesn't tell its stages, or lacks one of the strides; the
+            message says that `needed_by` needs them and `encoder` has none.
+    """
+    stages = {stage['reduction']: stage for stage in told_stages(backbone)}
+    if missing := [stride for stride in strides if stride not in stages]:
+        raise ValueError(
+            f'{needed_by} needs stages of the strides {list(strides)}, '
+            f'but {encoder} has none of {missing}.'
+        )
+    return {stride: stages[stride] for stride in strides}
+
+
 def stage_channels(backbone: Any, encoder: str) -> list[int]:
     """Channels of the last `STAGES` stages of a timm network.
 

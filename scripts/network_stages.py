@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyiqa_clipkd.hints import STRIDES
-from pyiqa_clipkd.stages import told_stages
+from pyiqa_clipkd.stages import stages_at
 
 # What comes after the features that a network gives.
 HEADS = ('global_pool', 'classifier', 'fc', 'head')
@@ -31,12 +31,8 @@ class Stages(nn.Module):
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
-        ends = {one['reduction']: one for one in told_stages(backbone)}
-        if missing := [stride for stride in STRIDES if stride not in ends]:
-            raise ValueError(
-                f'train_stages.py needs stages of the strides {list(STRIDES)}, but '
-                f'{type(backbone).__name__} has none of {missing}.'
-            )
+        encoder = type(backbone).__name__
+        ends = stages_at(backbone, STRIDES, 'train_stages.py', encoder)
         self.channels = {stride: ends[stride]['num_chs'] for stride in STRIDES}
         self._channels_last = getattr(backbone, 'output_fmt', 'NCHW') == 'NHWC'
         wanted = {ends[stride]['module'] for stride in STRIDES}
